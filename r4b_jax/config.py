@@ -1,0 +1,308 @@
+"""Every setting of the project, as frozen dataclasses. Imports nothing heavy: a mistake is told at
+once.
+
+A config file (`configs/*.py`) builds a `Config`, and `to_config_dict` turns it into an
+ml_collections ConfigDict, so that each field can be overridden on the command line.
+`from_config_dict` is the way back: an unknown key or a wrong type raises ConfigError with the
+nearest name. Defaults live here and nowhere else. `experiments/PAPER.md` maps the paper's figures
+to these fields.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be right; the message names it and the nearest valid name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP2 tower. PAPER.md section 2: 27 layers, 1152 wide, 16 heads, MLP 4304, 384 px, patch
+    14."""
+
+    image_size: int = 384  # pixels a side of one tile
+    patch_size: int = 14
+    width: int = 1152
+    num_layers: int = 27
+    num_heads: int = 16
+    mlp_dim: int = 4304
+    norm_eps: float = 1e-6
+
+    @property
+    def num_patches(self) -> int:
+        """Feature rows a tile gives: (image_size // patch_size) squared."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen3 decoder. PAPER.md section 2: Qwen3-4B."""
+
+    vocab_size: int = 151936
+    width: int = 2560
+    num_layers: int = 36
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    mlp_dim: int = 9728
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vision: VisionConfig = VisionConfig()
+    language: LanguageConfig = LanguageConfig()
+    projector_norm_eps: float = 1e-6
+    compute_dtype: str = "bfloat16"  # of activations; parameters are always float32
+    remat: bool = True  # recompute each layer in the backward pass
+    loss_chunk: int = 1024  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """The small world of real images (data/worlds.py)."""
+
+    pixel_noise: float = 6.0  # std of Gaussian noise on training pictures, in grey levels of 255
+    vocab_size: int = 448  # of the tokenizer trained on the world's own text
+    # Shares of bi-mode samples that are answered with a trace.
+    think_share_non_reasoning: float = 0.1
+    think_share_reasoning: float = 0.33
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One supervised stage. A learning rate of 0 freezes that component (PAPER.md section 3)."""
+
+    # topic -> weight in the mixture
+    topics: dict[str, float] = dataclasses.field(default_factory=dict)
+    # "bimode": think by the world's shares | "direct": all direct, the empty block masked (the
+    # paper's stage 3) | "thinking": every answer with its trace
+    format: str = "bimode"
+    num_steps: int = 0
+    batch_rows: int = 1  # packed sequences a batch
+    packed_len: int = 256  # tokens a packed sequence
+    packed_tiles: int = 8  # image tiles a packed sequence
+    lr_projector: float = 0.0
+    lr_vision: float = 0.0
+    lr_language: float = 0.0
+    optimizer: str = "adamw"  # or "muon", which leaves tables, norms and biases to AdamW
+    adam_lr_ratio: float = 1.0  # under muon: AdamW's rate, as a share of the component's rate
+    schedule: str = "cosine"  # or "constant"
+    final_lr_ratio: float = 0.1  # cosine ends at this share of the peak
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BPOConfig:
+    """Bi-mode Policy Optimization (PAPER.md section 5)."""
+
+    # "bpo": g thinking and g direct rollouts | "grpo": 2g rollouts that choose their mode
+    algorithm: str = "bpo"
+    mode_tokens: str = "policy"  # "mask" | "policy" | "behaviour": PAPER.md section 5
+    mode_weight: float = (
+        1.0  # weight of the mode token beside the mean over the reply's other tokens
+    )
+    topics: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # topic -> weight of its queries
+    num_steps: int = 0
+    num_queries: int = 16  # queries a step
+    g: int = 8  # rollouts a mode and query
+    updates_per_rollout: int = 1
+    packed_len: int = 512  # tokens a packed row of prompts and replies
+    packed_tiles: int = 4
+    micro_rows: int = 4  # rows whose gradients are computed at once
+    temperature: float = 1.0
+    clip_eps: float = 0.2
+    kl_beta: float = 0.01
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    b2: float = 0.95
+    max_grad_norm: float = 1.0
+    eval_every: int = 20  # steps between small evaluations in auto mode (figures 8 and 9)
+    eval_questions: int = 100  # a topic, in those
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Lengths of the one `generate`: fixed shapes, so one compilation each."""
+
+    prompt_len: int = 64  # longest prompt, image tokens included
+    max_new_tokens: int = 64  # after <think>, forced mode tokens included
+    batch_size: int = 200  # queries at once in evaluation
+
+
+STAGES = ("language", "warmup", "alignment", "joint", "annealing")  # in order; then BPO
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "run"  # names the default work folder and the report
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    world: WorldConfig = WorldConfig()
+    language: StageConfig = (
+        StageConfig()
+    )  # text only; where no pretrained language model is at hand
+    warmup: StageConfig = StageConfig()  # the paper's stage 1, and so on
+    alignment: StageConfig = StageConfig()
+    joint: StageConfig = StageConfig()
+    annealing: StageConfig = StageConfig()
+    bpo: BPOConfig = BPOConfig()
+    generate: GenerateConfig = GenerateConfig()
+    eval_questions: int = 400  # a topic, in the report
+    log_every: int = 10
+    checkpoint_every: int = 200
+
+
+def to_config_dict(config) -> ml_collections.ConfigDict:
+    """Dataclass -> ConfigDict with every field."""
+    out = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif isinstance(value, dict):
+            value = ml_collections.ConfigDict(value)
+        out[field.name] = value
+    return out
+
+
+def from_config_dict(cls, values, path: str = "config"):
+    """ConfigDict (or dict) -> dataclass `cls`, every key and type checked.
+
+    Raises:
+      ConfigError: a key that `cls` lacks, or a value of another type than the field's.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in dict(values).items():
+        if key not in fields:
+            raise _unknown(cls, key, path)
+        kwargs[key] = _convert(hints[key], value, f"{path}.{key}")
+    return cls(**kwargs)
+
+
+def check_overrides(argv: list[str]):
+    """Check `--config.a.b=value` arguments before ml_collections sees them: its errors do not
+    suggest.
+
+    Raises:
+      ConfigError: no such setting, or a value that is not of its type.
+    """
+    for name, has_value, text in (arg.lstrip("-").partition("=") for arg in argv):
+        keys = name.split(".")
+        if keys[0] != "config" or len(keys) == 1:
+            continue
+        kind = Config
+        for depth, key in enumerate(keys[1:], 1):
+            if not dataclasses.is_dataclass(kind):
+                break  # inside a dict of topics: any name
+            hints = typing.get_type_hints(kind)
+            if key not in hints:
+                raise _unknown(kind, key, ".".join(keys[:depth]))
+            kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            raise ConfigError(f"{name} is a group: {', '.join(typing.get_type_hints(kind))}")
+        if kind in (int, float) and has_value:
+            try:
+                kind(text)
+            except ValueError:
+                raise ConfigError(f"{name} takes {kind.__name__}, not {text!r}") from None
+
+
+def _unknown(cls, key: str, path: str) -> ConfigError:
+    """The error for a setting that `cls` does not have, with the nearest one it has."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4) or names
+    return ConfigError(f"{path}.{key} is not a setting; did you mean {path}.{near[0]}?")
+
+
+def _convert(kind, value, path: str):
+    """`value` as the field type `kind`, or ConfigError."""
+    if dataclasses.is_dataclass(kind):
+        return from_config_dict(kind, value, path)
+    if isinstance(kind, types.GenericAlias) and kind.__origin__ is dict:
+        return {k: _convert(kind.__args__[1], v, f"{path}.{k}") for k, v in dict(value).items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path} takes {kind.__name__}, not {type(value).__name__} {value!r}")
+    return value
+
+
+def check(config: Config):
+    """Refuse settings that cannot work together, before anything is computed.
+
+    Raises:
+      ConfigError: the message names the settings and what to change.
+    """
+    language, vision, bpo = config.model.language, config.model.vision, config.bpo
+    prompt_len, new_len = config.generate.prompt_len, config.generate.max_new_tokens
+    rules = [
+        (
+            language.num_heads % language.num_kv_heads == 0,
+            f"model.language.num_heads ({language.num_heads}) must be a multiple of "
+            f"num_kv_heads ({language.num_kv_heads})",
+        ),
+        (
+            vision.width % vision.num_heads == 0,
+            f"model.vision.width ({vision.width}) must be a multiple of num_heads "
+            f"({vision.num_heads})",
+        ),
+        _one_of("bpo.algorithm", bpo.algorithm, ("bpo", "grpo")),
+        _one_of("bpo.mode_tokens", bpo.mode_tokens, ("mask", "policy", "behaviour")),
+        (bpo.g >= 1, f"bpo.g must be at least 1, not {bpo.g}"),
+        (
+            bpo.temperature > 0,
+            f"bpo.temperature must be above 0, not {bpo.temperature}: greedy rollouts explore "
+            "nothing",
+        ),
+        (
+            prompt_len + new_len <= bpo.packed_len,
+            f"bpo.packed_len ({bpo.packed_len}) must hold generate.prompt_len ({prompt_len}) + "
+            f"generate.max_new_tokens ({new_len})",
+        ),
+        (
+            vision.num_patches < prompt_len,
+            f"generate.prompt_len ({prompt_len}) must hold a picture's {vision.num_patches} "
+            "tokens and the question",
+        ),
+        (
+            config.world.vocab_size <= language.vocab_size,
+            f"world.vocab_size ({config.world.vocab_size}) must not exceed "
+            f"model.language.vocab_size ({language.vocab_size})",
+        ),
+    ]
+    for name in STAGES:
+        stage = getattr(config, name)
+        runs = stage.num_steps > 0
+        rate = stage.lr_projector + stage.lr_vision + stage.lr_language
+        rules += [
+            _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
+            _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
+            _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
+            (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
+            (not runs or bool(stage.topics), f"{name} has no data: give it topics"),
+        ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(f"config.{message}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
+    """A rule of `check`: a named choice."""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+    message = f"{name} is one of {', '.join(allowed)}, not {value!r}; did you mean {near}?"
+    return value in allowed, message

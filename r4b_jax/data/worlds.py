@@ -1,0 +1,275 @@
+"""A small world of real images: everything R-4B's recipe needs, with nothing to download.
+
+Pictures: scikit-learn's 1,797 handwritten digits, nine to a picture in three rows of three, train
+and test apart by handwriting instance; and easy-VQA's 5,000 shapes with its official questions and
+split. Topics:
+
+    ocr         non-reasoning  read a row, or one digit, of the picture
+    vqa         non-reasoning  easy-VQA: shapes and colours
+    maths       reasoning      sums, differences, products and remainders over the digits of the
+    picture arithmetic  reasoning      the same questions with the rows written as text
+    compare     unrewarded     which row has the largest sum, how many digits exceed n: reasoning
+    that BPO never
+                               rewards, to see whether a maths-only reward carries over
+    caption     (training)     the whole picture in words
+    text        (training)     what the pictures ask, with the digits or the shape as text
+    facts       (training)     single sums, differences, products and remainders
+
+Nothing in a question tells whether its training sample thinks: that is drawn apart (`thinks`).
+"""
+
+import functools
+import os
+
+import easy_vqa
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from r4b_jax.config import WorldConfig
+from r4b_jax.data.examples import Question
+from r4b_jax.data.tokenizer import Tokenizer, train_tokenizer
+
+TOPICS = {
+    "ocr": "non-reasoning",
+    "vqa": "non-reasoning",
+    "maths": "reasoning",
+    "arithmetic": "reasoning",
+    "compare": "unrewarded",
+}
+ROWS = ("top", "middle", "bottom")
+PLACES = ("first", "second", "third")
+DIGIT, PICTURE = 16, 48  # pixels a side of a digit and of a picture
+NUM_TEST_DIGITS = 397
+
+
+@functools.cache
+def _handwriting(split: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Digits with a dark border of a pixel, float32[n, 18, 18], and the places of each class.
+
+    The split is by handwriting instance and the same for every seed.
+    """
+    data = load_digits()
+    order = np.random.default_rng(1797).permutation(len(data.target))
+    order = order[:NUM_TEST_DIGITS] if split == "test" else order[NUM_TEST_DIGITS:]
+    digits = np.zeros((len(order), DIGIT + 2, DIGIT + 2), np.float32)
+    for place, i in enumerate(order):
+        small = Image.fromarray((data.images[i] * 255 / 16).astype(np.uint8))
+        large = small.resize((DIGIT, DIGIT), Image.Resampling.BILINEAR)
+        digits[place, 1:-1, 1:-1] = np.asarray(large)
+    return digits, [np.flatnonzero(data.target[order] == digit) for digit in range(10)]
+
+
+@functools.cache
+def _easy_vqa(split: str):
+    """(pictures uint8[n, 48, 48, 3], questions [(text, answer, picture)], captions by picture)."""
+    if split == "train":
+        paths, asked = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
+    else:
+        paths, asked = easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()
+    texts, answers, ids = asked
+    pictures = np.zeros((len(paths), PICTURE, PICTURE, 3), np.uint8)
+    for i, path in paths.items():
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.BILINEAR)
+        pictures[i] = np.asarray(small)
+    shapes, colours = {}, {}
+    for answer, i in zip(answers, ids):
+        if answer in ("circle", "rectangle", "triangle"):
+            shapes[i] = answer
+        elif answer not in ("yes", "no"):
+            colours[i] = answer
+    captions = {i: f"{colours[i]} {shapes[i]}" for i in sorted(shapes) if i in colours}
+    return pictures, list(zip(texts, answers, ids)), captions
+
+
+def _running(terms, sign: str = "+", start: int | None = None) -> str:
+    """ "4+7=11+2=13": the terms added one by one; with a start, "+7=11+2=13" going on from it."""
+    total, steps = (terms[0], str(terms[0])) if start is None else (start, "")
+    for term in terms[1:] if start is None else terms:
+        total += term if sign == "+" else -term
+        steps += f"{sign}{term}={total}"
+    return steps
+
+
+def _maths(rng, grid) -> tuple[str, str, str]:
+    """(question, answer, trace) over int[3, 3]: easy step by step, hard in one go."""
+    order = [int(i) for i in rng.permutation(3)]
+    kind = ("sum", "difference", "product", "remainder")[rng.integers(4)]
+    if kind == "difference":
+        order[:2] = sorted(order[:2], key=lambda i: -grid[i].sum())  # no result below 0
+    a, b, c = order
+    first, second, third = (grid[i].tolist() for i in order)
+    read = f"{_row_text(grid, a)} {_row_text(grid, b)}"
+    total = sum(first + second)
+    if kind == "sum":
+        trace = f"{read} {_running(first + second)}"
+        return f"What is the sum of the {ROWS[a]} and {ROWS[b]} rows?", str(total), trace
+    if kind == "difference":
+        trace = f"{read} {_running(first)}{_running(second, '-', sum(first))}"
+        question = f"What is the sum of the {ROWS[a]} row minus the {ROWS[b]} row?"
+        return question, str(sum(first) - sum(second)), trace
+    if kind == "product":
+        product = first[0] * second[2]
+        steps = f"{first[0]}*{second[2]}={product}{_running(third, '+', product)}"
+        question = (
+            f"What is the first {ROWS[a]} digit times the third {ROWS[b]} digit "
+            f"plus the {ROWS[c]} row?"
+        )
+        return question, str(product + sum(third)), f"{read} {_row_text(grid, c)} {steps}"
+    divisor = int(rng.integers(3, 6))
+    trace = f"{read} {_running(first + second)} {total}%{divisor}={total % divisor}"
+    question = f"What is the remainder of the {ROWS[a]} and {ROWS[b]} rows' sum by {divisor}?"
+    return question, str(total % divisor), trace
+
+
+def _facts(rng) -> tuple[str, str, str]:
+    """Four sums, differences, products or remainders of the kind the traces are made of."""
+    facts = []
+    for kind in rng.integers(0, 4, 4):
+        n, d = int(rng.integers(0, 60)), int(rng.integers(0, 10))
+        if kind == 0:
+            facts.append((f"{n}+{d}", n + d))
+        elif kind == 1:
+            facts.append((f"{n % 28}-{min(d, n % 28)}", n % 28 - min(d, n % 28)))
+        elif kind == 2:
+            facts.append((f"{n % 10}*{d}", n % 10 * d))
+        else:
+            facts.append((f"{n}%{d % 3 + 3}", n % (d % 3 + 3)))
+    question = " ".join(text for text, _ in facts)
+    return question, " ".join(f"{text}={value}" for text, value in facts), ""
+
+
+def _compare(rng, grid) -> tuple[str, str, str]:
+    if rng.random() < 0.5:
+        while len(set(sums := grid.sum(1).tolist())) < 3:
+            grid[:] = rng.integers(0, 10, (3, 3))
+        trace = " ".join(f"{ROWS[i]} {_running(grid[i].tolist())}" for i in range(3))
+        return "Which row has the largest sum?", ROWS[int(np.argmax(sums))], trace
+    limit = int(rng.integers(2, 8))
+    counts = (grid > limit).sum(1).tolist()
+    over = ["".join(str(d) for d in row if d > limit) or "-" for row in grid.tolist()]
+    trace = f"{' '.join(over)} {_running(counts)}"
+    return f"How many digits are larger than {limit}?", str(sum(counts)), trace
+
+
+def _ocr(rng, grid) -> tuple[str, str, str]:
+    row = int(rng.integers(3))
+    trace = _row_text(grid, row)
+    if rng.random() < 0.5:
+        return f"Read the {ROWS[row]} row.", trace.split()[1], trace
+    place = int(rng.integers(3))
+    digit = str(grid[row, place])
+    return f"What is the {PLACES[place]} digit of the {ROWS[row]} row?", digit, trace
+
+
+def _row_text(grid, row: int) -> str:
+    return f"{ROWS[row]} {''.join(map(str, grid[row].tolist()))}"
+
+
+def _digits_text(grid) -> str:
+    """The nine digits as text, in the places of the nine patches of their picture."""
+    return "".join(map(str, grid.ravel().tolist()))
+
+
+def _describe(rng, grid) -> tuple[str, str, str]:
+    return "Describe the picture.", " ".join(_row_text(grid, row) for row in range(3)), ""
+
+
+class World:
+    """Questions of one split, a pure function of the generator handed in.
+
+    Args:
+      split: "train" (pictures with noise, shifts and flips) or "test" (as they are).
+    """
+
+    def __init__(self, config: WorldConfig, split: str):
+        self.config, self.split, self.train = config, split, split == "train"
+        self.shapes, self.shape_questions, self.captions = _easy_vqa(split)
+
+    def question(self, topic: str, rng: np.random.Generator) -> Question:
+        """One question of a topic. Raises KeyError for a topic this world does not have."""
+        if topic == "vqa":
+            text, answer, picture = self.shape_questions[rng.integers(len(self.shape_questions))]
+            trace = f"a {self.captions.get(picture, 'shape')}"
+            return Question(topic, self._shape(picture, rng), text, answer, trace)
+        if topic == "caption" and rng.random() < 0.4:
+            picture = list(self.captions)[rng.integers(len(self.captions))]
+            caption = self.captions[picture]
+            return Question(topic, self._shape(picture, rng), "Describe the picture.", caption, "")
+        if topic == "facts":
+            text, answer, trace = _facts(rng)
+            return Question(topic, None, text, answer, trace)
+        grid = rng.integers(0, 10, (3, 3))
+        if topic == "arithmetic":
+            text, answer, trace = _maths(rng, grid)
+        elif topic == "text" and rng.random() < 0.3:
+            text, answer, picture = self.shape_questions[rng.integers(len(self.shape_questions))]
+            caption = self.captions.get(picture)
+            if caption is None:
+                return self.question(topic, rng)
+            return Question(topic, None, f"{caption}\n{text}", answer, f"a {caption}")
+        elif topic == "text":
+            text, answer, trace = (_ocr, _compare, _describe)[rng.integers(3)](rng, grid)
+        else:
+            make = {"ocr": _ocr, "maths": _maths, "compare": _compare, "caption": _describe}[topic]
+            text, answer, trace = make(rng, grid)
+            return Question(topic, self._digits(grid, rng), text, answer, trace)
+        return Question(topic, None, f"{_digits_text(grid)}\n{text}", answer, trace)
+
+    def thinks(self, topic: str, rng: np.random.Generator) -> bool:
+        """Whether a bi-mode training sample carries its trace; the question has no say."""
+        if TOPICS.get(topic) == "non-reasoning":
+            share = self.config.think_share_non_reasoning
+        else:
+            share = self.config.think_share_reasoning
+        return bool(rng.random() < share)
+
+    def _digits(self, grid, rng) -> np.ndarray:
+        """A picture uint8[48, 48, 3] of nine handwritten digits, light on dark."""
+        digits, places = _handwriting(self.split)
+        chosen = [places[d][rng.integers(len(places[d]))] for d in grid.ravel().tolist()]
+        shift, light = np.ones((9, 2), int), np.ones((9, 1, 1), np.float32)
+        if self.train:
+            shift, light = rng.integers(0, 3, (9, 2)), rng.uniform(0.7, 1.1, (9, 1, 1))
+        rows = (shift[:, 0, None] + np.arange(DIGIT))[:, :, None]
+        columns = (shift[:, 1, None] + np.arange(DIGIT))[:, None, :]
+        cells = digits[np.array(chosen)[:, None, None], rows, columns] * light
+        canvas = cells.reshape(3, 3, DIGIT, DIGIT).swapaxes(1, 2).reshape(PICTURE, PICTURE)
+        return self._noisy(np.repeat(canvas[..., None], 3, -1), rng)
+
+    def _shape(self, picture: int, rng) -> np.ndarray:
+        image = self.shapes[picture]
+        if self.train:
+            image = image[:, ::-1] if rng.random() < 0.5 else image
+            padded = np.pad(image, ((3, 3), (3, 3), (0, 0)), "edge")
+            down, right = rng.integers(0, 7, 2)
+            image = padded[down : down + PICTURE, right : right + PICTURE]
+        return self._noisy(image, rng)
+
+    def _noisy(self, image, rng) -> np.ndarray:
+        if not self.train:
+            return image.astype(np.uint8)
+        noise = rng.standard_normal((*image.shape[:2], 1), np.float32) * self.config.pixel_noise
+        return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def corpus(config: WorldConfig, num_texts: int = 4000) -> list[str]:
+    """Text of the world to train its tokenizer on; the same for every seed."""
+    world, texts = World(config, "train"), []
+    for i in range(num_texts):
+        rng = np.random.default_rng((448, i))
+        question = world.question((*TOPICS, "caption", "facts")[i % 7], rng)
+        texts += [question.text, "\n" + question.trace + "\n", "\n\n" + question.answer]
+    return texts + ["user ", "user\n", "assistant\n"] * 100
+
+
+def world_tokenizer(config: WorldConfig, workdir: str) -> Tokenizer:
+    """The world's tokenizer: read from `workdir`/tokenizer.json, or trained and written there."""
+    path = os.path.join(workdir, "tokenizer.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            return Tokenizer(f.read())
+    tokenizer = train_tokenizer(corpus(config), config.vocab_size)
+    tokenizer.save(workdir)
+    return tokenizer

@@ -1,0 +1,216 @@
+"""One jitted generate for evaluation, rollouts and chat: prefill once a query, then a `while_loop`.
+
+A query's prompt ends in `<think>`, the same for all modes, so it is computed once; its R rollouts
+start from it, each with its own forced beginning (none = auto). The rollouts attend to the one
+copy of the prompt's keys and values and to their own.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r4b_jax.common.arrays import Array, ImagePlan
+from r4b_jax.config import ModelConfig
+from r4b_jax.data.examples import Example
+from r4b_jax.decoding.sampling import ban, choose, logp_of
+from r4b_jax.models import r4b
+from r4b_jax.models.attention import attend, attend_shared_prefix
+
+MAX_FORCED = 2  # tokens a mode forces after <think>
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Queries, padded on the right."""
+
+    tokens: Array  # int32[Q, S]
+    lengths: Array  # int32[Q]
+    tiles: Array  # uint8[Q, I, image_size, image_size, 3]
+    plan: ImagePlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What followed `<think>`: R rollouts of each query."""
+
+    tokens: Array  # int32[Q, R, U], the end token included, `pad_id` after it
+    logps: Array  # float32[Q, R, U], as sampled; of forced tokens: under the policy
+    lengths: Array  # int32[Q, R]
+    mode_logps: Array  # float32[Q, 2], log P(thinking token), log P(direct token) after <think>
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """The ids `generate` must know."""
+
+    end: int
+    pad: int
+    thinking: int
+    direct: int
+    never: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer) -> "Ids":
+        return cls(
+            end=tokenizer.end_id,
+            pad=tokenizer.pad_id,
+            thinking=tokenizer.thinking_id,
+            direct=tokenizer.direct_id,
+            never=tuple(tokenizer.never_sampled),
+        )
+
+
+def pad_prompts(prompts: list[Example], prompt_len: int, pad_id: int) -> Prompts:
+    """Stack prompts; those with fewer tiles than the others get empty ones.
+
+    Raises:
+      ValueError: a prompt is longer than `prompt_len`.
+    """
+    longest = max(len(p.tokens) for p in prompts)
+    if longest > prompt_len:
+        raise ValueError(f"a prompt of {longest} tokens exceeds generate.prompt_len = {prompt_len}")
+    count, tiles = len(prompts), max(len(p.tiles) for p in prompts)
+    out = Prompts(
+        tokens=np.full((count, prompt_len), pad_id, np.int32),
+        lengths=np.array([len(p.tokens) for p in prompts], np.int32),
+        tiles=np.zeros((count, tiles, *prompts[0].tiles.shape[1:]), np.uint8),
+        plan=ImagePlan(
+            np.zeros((count, prompt_len, 4), np.int32), np.zeros((count, prompt_len, 4), np.float32)
+        ),
+    )
+    for i, prompt in enumerate(prompts):
+        length = len(prompt.tokens)
+        out.tokens[i, :length] = prompt.tokens
+        out.tiles[i, : len(prompt.tiles)] = prompt.tiles
+        out.plan.index[i, :length] = prompt.plan_index
+        out.plan.weight[i, :length] = prompt.plan_weight
+    return out
+
+
+def forced_array(forced: list[list[int]], num_queries: int) -> np.ndarray:
+    """What R rollouts of each query begin with: int32[Q, R, MAX_FORCED], -1 = free."""
+    out = np.full((num_queries, len(forced), MAX_FORCED), -1, np.int32)
+    for i, ids in enumerate(forced):
+        out[:, i, : len(ids)] = ids
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens", "temperature"))
+def generate(
+    config: ModelConfig,
+    params: dict,
+    prompts: Prompts,
+    forced: Array,
+    keys: Array,
+    ids: Ids,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+) -> Generation:
+    """Answer each query R times.
+
+    Args:
+      forced: int32[Q, R, MAX_FORCED], tokens to begin with, -1 = free.
+      keys: typed keys [Q, R], one a rollout: its samples depend on nothing else in the batch.
+      max_new_tokens: U, forced tokens included; a rollout that has not ended by then is cut off.
+    """
+    model = r4b.bind(config, params)
+    num_queries, rollouts, _ = forced.shape
+    rows = num_queries * rollouts
+    prefix, first_logits = _prefill(model, prompts)
+    first_logits = ban(first_logits, ids.never)
+    mode_logps = jax.nn.log_softmax(first_logits)[:, jnp.array([ids.thinking, ids.direct])]
+    prefix_mask = jnp.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
+    forced = jnp.pad(
+        forced.reshape(rows, -1),
+        ((0, 0), (0, max_new_tokens - MAX_FORCED)),
+        constant_values=-1,
+    )
+    keys = keys.reshape(rows)
+    start = jnp.repeat(prompts.lengths, rollouts)
+    language = config.language
+    cache_shape = (
+        language.num_layers,
+        rows,
+        max_new_tokens,
+        language.num_kv_heads,
+        language.head_dim,
+    )
+    cache = jnp.zeros(cache_shape, prefix[0].dtype)
+
+    def cond(state):
+        return (state["step"] < max_new_tokens) & ~jnp.all(state["done"])
+
+    def body(state):
+        step, done = state["step"], state["done"]
+        # The next token: the forced one where there is one, padding once the row is done, else
+        # sampled.
+        sampled, logp = choose(
+            state["logits"], jax.vmap(jax.random.fold_in, (0, None))(keys, step), temperature
+        )
+        must = forced[:, step]
+        is_forced = must >= 0
+        logp = jnp.where(is_forced, logp_of(state["logits"], jnp.maximum(must, 0)), logp)
+        token = jnp.where(done, ids.pad, jnp.where(is_forced, must, sampled))
+        written = jnp.arange(max_new_tokens) < step
+        hidden, kv = model.language_model(
+            model.language_model.embed(token[:, None]),
+            (start + step)[:, None],
+            lambda q, k, v, kept: attend_shared_prefix(
+                q, k, v, kept[:2], kept[2:], (prefix_mask, written)
+            ),
+            (*prefix, *state["suffix"]),
+            keep_kv=True,
+        )
+        suffix = tuple(
+            jax.lax.dynamic_update_slice(old, new, (0, 0, step, 0, 0))
+            for old, new in zip(state["suffix"], kv)
+        )
+        return {
+            "step": step + 1,
+            "logits": ban(model.language_model.logits(hidden[:, 0]), ids.never),
+            "suffix": suffix,
+            "tokens": state["tokens"].at[:, step].set(token),
+            "logps": state["logps"].at[:, step].set(jnp.where(done, 0, logp)),
+            "lengths": state["lengths"] + ~done,
+            "done": done | (token == ids.end),
+        }
+
+    state = {
+        "step": jnp.int32(0),
+        "logits": jnp.repeat(first_logits, rollouts, 0),
+        "suffix": (cache, cache),
+        "tokens": jnp.full((rows, max_new_tokens), ids.pad, jnp.int32),
+        "logps": jnp.zeros((rows, max_new_tokens), jnp.float32),
+        "lengths": jnp.zeros((rows,), jnp.int32),
+        "done": jnp.zeros((rows,), bool),
+    }
+    state = jax.lax.while_loop(cond, body, state)
+    shape = (num_queries, rollouts)
+    return Generation(
+        tokens=state["tokens"].reshape(*shape, -1),
+        logps=state["logps"].reshape(*shape, -1),
+        lengths=state["lengths"].reshape(shape),
+        mode_logps=mode_logps,
+    )
+
+
+def _prefill(model: r4b.R4B, prompts: Prompts):
+    """The prompts' keys and values, each [L, Q, S, K, H], and float32[Q, V] after their ends."""
+    length = prompts.tokens.shape[1]
+    real = jnp.arange(length) < prompts.lengths[:, None]
+    mask = jnp.tril(jnp.ones((length, length), bool)) & real[:, None, :]
+    positions = jnp.broadcast_to(jnp.arange(length), prompts.tokens.shape)
+    hidden, kv = model.language_model(
+        model.embed(prompts.tokens, prompts.tiles, prompts.plan),
+        positions,
+        lambda q, k, v, _: attend(q, k, v, mask),
+        keep_kv=True,
+    )
+    last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], 1)[:, 0]
+    return kv, model.language_model.logits(last)

@@ -1,0 +1,139 @@
+"""Run a config's stages in order, then BPO, then the report.
+
+    python -m r4b_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.seed=1] ...
+
+The same command again continues where it stopped, or shows the report if it is done. Settings are
+checked before anything heavy is imported, so a mistake is told at once.
+"""
+
+import json
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from r4b_jax.config import (
+    STAGES,
+    Config,
+    ConfigError,
+    check,
+    check_overrides,
+    from_config_dict,
+    to_config_dict,
+)
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config file: configs/tiny.py, or configs/tiny.py:smoke.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and the report; by default runs/<name>-seed<seed>.",
+)
+
+
+def run(config: Config, workdir: str) -> dict:
+    """All stages, both evaluations and the report; returns the content of report.json.
+
+    Raises:
+      ConfigError: the settings cannot work, or `workdir` holds a run with other settings.
+    """
+    check(config)
+    claim(config, workdir)
+
+    # Heavy imports: only now that the settings are known to be good.
+    from r4b_jax.evaluation import report
+
+    if (content := report.read(workdir)) is not None:
+        report.show(content, workdir)
+        return content
+
+    import jax
+
+    from r4b_jax.data.worlds import world_tokenizer
+    from r4b_jax.evaluation.evaluate import evaluate_once
+    from r4b_jax.models import r4b
+    from r4b_jax.rl.loop import run_bpo
+    from r4b_jax.training.loop import run_stage
+
+    clock = report.StageClock(workdir)
+    with clock("preparation"):
+        tokenizer = world_tokenizer(config.world, workdir)
+        params = r4b.init(config.model, jax.random.key(config.seed))
+    for name in STAGES:
+        if getattr(config, name).num_steps > 0:
+            with clock(name):
+                params = run_stage(config, name, params, tokenizer, workdir)
+    with clock("evaluation"):
+        evaluate_once(config, params, tokenizer, workdir, "before")
+    if config.bpo.num_steps > 0:
+        with clock("bpo"):
+            params = run_bpo(config, params, tokenizer, workdir)
+        with clock("evaluation"):
+            evaluate_once(config, params, tokenizer, workdir, "after")
+    return report.write(config, workdir, clock.seconds)
+
+
+def claim(config: Config, workdir: str):
+    """Make `workdir` this run's: its settings are written there, and another run's are refused."""
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, "config.json")
+    ours = json.loads(to_config_dict(config).to_json())
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            theirs = json.load(f)
+        changed = sorted(_differences(ours, theirs))
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with other settings ({', '.join(changed)}); "
+                "choose another --workdir, or remove it"
+            )
+        return
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        json.dump(ours, f, indent=1)
+    os.replace(path + ".part", path)
+
+
+def _differences(ours: dict, theirs: dict, path: str = "config"):
+    """The names of the settings in which two nested dicts differ."""
+    for key in ours.keys() | theirs.keys():
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{path}.{key}")
+        elif a != b:
+            yield f"{path}.{key}"
+
+
+def _parse(argv):
+    """Flags; a mistake in them is one line and exit code 2."""
+    try:
+        check_overrides(argv)
+        rest = app.parse_flags_with_usage(argv)
+        if _CONFIG.value is None:
+            raise ConfigError("--config is missing; try --config=configs/tiny.py")
+        return rest
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _stop(error)
+
+
+def _stop(error: Exception):
+    print(f"r4b_jax: {error.args[0] if error.args else error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv):
+    if len(argv) > 1:
+        _stop(
+            ConfigError(f"unknown argument {argv[1]!r}; settings are given as --config.name=value")
+        )
+    logging.set_verbosity(logging.WARNING)  # the libraries' chatter; our own goes to the console
+    try:
+        config = from_config_dict(Config, _CONFIG.value)
+        run(config, _WORKDIR.value or os.path.join("runs", f"{config.name}-seed{config.seed}"))
+    except ConfigError as error:
+        _stop(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

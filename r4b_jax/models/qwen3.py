@@ -1,0 +1,107 @@
+"""Qwen3 decoder: qk-norm, grouped-query attention, RoPE, SwiGLU, tied head (PAPER.md section 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r4b_jax.common.arrays import Array
+from r4b_jax.config import LanguageConfig
+from r4b_jax.models.attention import rope_tables, rotate
+from r4b_jax.models.layers import LayerStack, RMSNorm, linear
+
+
+class Attention(nnx.Module):
+    """Projections, qk-norm and rotation; what is attended to is the caller's business."""
+
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype):
+        width, heads, kv = config.width, config.num_heads, config.num_kv_heads
+        self.heads, self.kv, self.head_dim = heads, kv, config.head_dim
+        self.q_proj = linear(width, heads * config.head_dim, rngs, dtype)
+        self.k_proj = linear(width, kv * config.head_dim, rngs, dtype)
+        self.v_proj = linear(width, kv * config.head_dim, rngs, dtype)
+        self.o_proj = linear(heads * config.head_dim, width, rngs, dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def __call__(self, x: Array, rope, attend_to) -> tuple[Array, tuple[Array, Array]]:
+        """x [B, T, D] -> ([B, T, D], (k, v) each [B, T, K, H]).
+
+        `attend_to(q, k, v)` does the attention.
+        """
+        batch, length, _ = x.shape
+        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
+        k = self.k_proj(x).reshape(batch, length, self.kv, self.head_dim)
+        v = self.v_proj(x).reshape(batch, length, self.kv, self.head_dim)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        out = attend_to(q, k, v).reshape(batch, length, self.heads * self.head_dim)
+        return self.o_proj(out), (k, v)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype):
+        self.gate_proj = linear(config.width, config.mlp_dim, rngs, dtype)
+        self.up_proj = linear(config.width, config.mlp_dim, rngs, dtype)
+        self.down_proj = linear(config.mlp_dim, config.width, rngs, dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype):
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config, rngs, dtype)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config, rngs, dtype)
+
+    def __call__(self, x: Array, rope, attend_to):
+        out, kv = self.self_attn(self.input_layernorm(x), rope, attend_to)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Qwen3(nnx.Module):
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype, *, remat: bool):
+        self.config = config
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.width)) * 0.02
+        self.embed_tokens = nnx.Param(table)
+        self.layers = LayerStack(
+            lambda rngs: DecoderLayer(config, rngs, dtype), config.num_layers, rngs, remat=remat
+        )
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.dtype = dtype
+
+    def embed(self, tokens: Array) -> Array:
+        """int32[B, T] -> [B, T, D]."""
+        return self.embed_tokens[...].astype(self.dtype)[tokens]
+
+    def __call__(
+        self, x: Array, positions: Array, attend_to, per_layer=None, *, keep_kv: bool = False
+    ):
+        """Run the decoder.
+
+        Args:
+          x: [B, T, D] embeddings.
+          positions: int32[B, T].
+          attend_to: function (q, k, v, per_layer[l]) -> [B, T, N, H].
+          per_layer: pytree with leading axis L, handed to `attend_to` layer by layer (a cache), or
+            None.
+          keep_kv: also return every layer's keys and values.
+        Returns:
+          hidden [B, T, D] after the final norm, and (k, v) each [L, B, T, K, H], or None.
+        """
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+        def run_layer(layer, x, extra):
+            x, kv = layer(x, rope, lambda q, k, v: attend_to(q, k, v, extra))
+            return x, kv if keep_kv else None
+
+        x, kv = self.layers(x, run_layer, per_layer)
+        return self.norm(x), kv
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> float32[..., V]; the head is the embedding table."""
+        table = self.embed_tokens[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

@@ -1,0 +1,44 @@
+"""Token log-probabilities without tokens x vocabulary, and the supervised loss as (sum, weight)."""
+
+import jax
+import jax.numpy as jnp
+
+from r4b_jax.common.arrays import Array, Batch
+from r4b_jax.decoding.sampling import ban, logp_of
+from r4b_jax.models.r4b import R4B
+
+
+def token_logps(model: R4B, batch: Batch, chunk: int, never: tuple[int, ...] = ()) -> Array:
+    """log p(token | what it sees) for every place of packed rows.
+
+    Logits exist for `chunk` tokens at a time and are recomputed in the backward pass.
+
+    Args:
+      chunk: tokens whose logits exist at once; the last chunk is padded.
+      never: ids the sampler could not produce, banned here too (rollouts); () in supervised
+        training.
+    Returns:
+      float32[B, T]; places of no weight hold a meaningless number.
+    """
+    hidden = model.hidden(batch)
+    hidden = jnp.take_along_axis(hidden, batch.predecessors[..., None], 1)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), batch.tokens.reshape(-1)
+    count = targets.shape[0]
+    chunk = min(chunk, count)
+    padding = -count % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
+    targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def one_chunk(args):
+        x, y = args
+        return logp_of(ban(model.language_model.logits(x), never), y)
+
+    logps = jax.lax.map(one_chunk, (hidden, targets))
+    return logps.reshape(-1)[:count].reshape(batch.tokens.shape)
+
+
+def supervised_loss(model: R4B, batch: Batch, chunk: int) -> tuple[Array, Array]:
+    """Weighted negative log-likelihood of the batch: (sum, weight), float32 scalars."""
+    logps = token_logps(model, batch, chunk)
+    return -jnp.sum(logps * batch.loss_weights), jnp.sum(batch.loss_weights)

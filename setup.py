@@ -1,0 +1,37 @@
+"""Packaging of r4b_jax. `pip install -e .` runs it; `pip install -e '.[dev]'` tests it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="r4b_jax",
+    version="0.1.0",
+    description="Auto-thinking vision-language models (R-4B) in JAX",
+    license="Apache-2.0",
+    packages=find_packages(include=["r4b_jax", "r4b_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "easy-vqa",  # 5,000 pictures and 48,248 questions of the small world (MIT)
+        # flax up to 0.12.8 breaks on jax 0.11.1 and newer; later flax needs Python 3.12. jax 0.11
+        # needs Python 3.12 too, so on 3.11 pip settles on jax 0.10 with flax 0.12.8 by itself.
+        'flax>=0.12.8; python_version < "3.12"',
+        'flax>=0.12.9; python_version >= "3.12"',
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib",
+        "ml_collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.8",  # Muon with dimension numbers
+        "orbax-checkpoint>=0.11",
+        "pillow",
+        "rich",
+        "scikit-learn",  # the handwritten digits
+        "tensorboardX",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pre-commit", "pytest", "ruff"],
+    },
+)
