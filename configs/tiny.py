@@ -13,15 +13,24 @@ LR = 0.02
 
 def stage(**settings) -> c.StageConfig:
     shape = dict(batch_rows=32, packed_len=192, packed_tiles=5)
-    return c.StageConfig(optimizer="muon", adam_lr_ratio=0.2, b2=0.98, **shape, **settings)
+    muon = dict(optimizer="muon", adam_lr_ratio=0.2, b2=0.98)
+    return c.StageConfig(**muon, **shape, **settings)
 
 
 def get_config(size: str = "full"):
+    if size not in ("full", "smoke"):
+        raise ValueError(f"configs/tiny.py has the sizes full and smoke, not {size!r}")
     config = c.Config(
         name="tiny",
         model=c.ModelConfig(
             vision=c.VisionConfig(
-                image_size=48, patch_size=16, width=96, num_layers=2, num_heads=6, mlp_dim=192
+                image_size=48,
+                patch_size=8,
+                pool=2,
+                width=96,
+                num_layers=2,
+                num_heads=6,
+                mlp_dim=192,
             ),
             language=c.LanguageConfig(
                 vocab_size=512,
@@ -37,52 +46,74 @@ def get_config(size: str = "full"):
             remat=False,
             loss_chunk=2048,
         ),
-        world=c.WorldConfig(vocab_size=512),
-        # Stands for Qwen3: a language model that can already read, reason and answer in text.
+        world=c.WorldConfig(vocab_size=512, think_share_reasoning=0.38),
+        # Stands for Qwen3: a language model that can already read, reason and calculate in text.
         language=stage(
-            topics={"arithmetic": 0.4, "text": 0.35, "facts": 0.25},
+            topics={"arithmetic": 0.3, "text": 0.2, "facts": 0.15, "words": 0.35},
             format="thinking",
-            num_steps=300,
+            length_power=1.0,
+            num_steps=400,
             lr_language=LR,
             warmup_steps=20,
         ),
         warmup=stage(
             topics={"caption": 1.0},
             format="direct",
+            length_power=1.0,
             num_steps=30,
             lr_projector=LR,
             warmup_steps=5,
         ),
         alignment=stage(
-            topics={"caption": 0.6, "ocr": 0.2, "vqa": 0.2},
+            topics={"caption": 0.5, "ocr": 0.1, "vqa": 0.4},
             format="direct",
-            num_steps=120,
+            length_power=1.0,
+            num_steps=80,
             lr_projector=LR,
             lr_vision=LR,
             warmup_steps=10,
             final_lr_ratio=0.5,
         ),
         joint=stage(
-            topics={"caption": 0.2, "ocr": 0.3, "vqa": 0.3, "maths": 0.1, "compare": 0.1},
+            topics={
+                "caption": 0.15,
+                "ocr": 0.13,
+                "vqa": 0.42,
+                "facts": 0.2,
+                "maths": 0.05,
+                "compare": 0.05,
+            },
             format="direct",
-            num_steps=200,
+            length_power=1.0,
+            num_steps=290,
             lr_projector=LR,
             lr_vision=LR,
             lr_language=LR,
             schedule="constant",
-            warmup_steps=20,
+            warmup_steps=10,
         ),
         annealing=stage(
-            topics={"ocr": 0.2, "vqa": 0.2, "maths": 0.3, "arithmetic": 0.1, "compare": 0.2},
+            topics={"ocr": 0.1, "vqa": 0.3, "maths": 0.33, "arithmetic": 0.14, "compare": 0.13},
             format="bimode",
-            num_steps=450,
+            num_steps=480,
             lr_projector=LR,
             lr_vision=LR,
             lr_language=LR,
-            warmup_steps=20,
-            final_lr_ratio=0.03,
+            warmup_steps=10,
+            final_lr_ratio=0.02,
         ),
-        bpo=c.BPOConfig(topics={"maths": 0.6, "arithmetic": 0.4}, num_steps=80),
+        # The push on the mode token is constant under "policy", and leaks into topics that need no
+        # thought; the KL ends it where P(think) on maths is about 3/4 (experiments/LOG.md).
+        bpo=c.BPOConfig(
+            topics={"maths": 0.6, "arithmetic": 0.4},
+            num_steps=50,
+            num_queries=16,
+            g=8,
+            mode_weight=0.3,
+            kl_beta=0.35,
+            learning_rate=1e-4,
+            eval_every=10,
+        ),
     )
     if size == "smoke":
         config = smoke(config)

@@ -5,7 +5,7 @@ From the annealed checkpoint of one finished run, with the settings of the run b
     policy      the mode token in the loss, old log-probability from the policy (the run itself)
     mask        the mode token outside the loss
     behaviour   the mode token in the loss, old probability 1/2
-    grpo        vanilla GRPO: 2g rollouts that choose their own mode (the paper's preference dilemma)
+    grpo        vanilla GRPO: 2g rollouts that choose a mode (the paper's preference dilemma)
 
     python -m r4b_jax.main --config=configs/tiny.py            first, makes runs/tiny-seed0
     python experiments/mode_tokens.py --run=runs/tiny-seed0    then, adds mode_tokens/ to it

@@ -32,11 +32,17 @@ class VisionConfig:
     num_heads: int = 16
     mlp_dim: int = 4304
     norm_eps: float = 1e-6
+    pool: int = 1  # an image token mixes pool x pool patches; 1, as in R-4B, mixes none
 
     @property
     def num_patches(self) -> int:
         """Feature rows a tile gives: (image_size // patch_size) squared."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens a tile gives in the sequence."""
+        return (self.image_size // self.patch_size // self.pool) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +90,7 @@ class StageConfig:
     # "bimode": think by the world's shares | "direct": all direct, the empty block masked (the
     # paper's stage 3) | "thinking": every answer with its trace
     format: str = "bimode"
+    length_power: float = 0.0  # an example's n loss tokens weigh n^-length_power each
     num_steps: int = 0
     batch_rows: int = 1  # packed sequences a batch
     packed_len: int = 256  # tokens a packed sequence
@@ -184,6 +191,7 @@ def from_config_dict(cls, values, path: str = "config"):
     Raises:
       ConfigError: a key that `cls` lacks, or a value of another type than the field's.
     """
+    _expect_group(values, path)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     kwargs = {}
@@ -192,6 +200,11 @@ def from_config_dict(cls, values, path: str = "config"):
             raise _unknown(cls, key, path)
         kwargs[key] = _convert(hints[key], value, f"{path}.{key}")
     return cls(**kwargs)
+
+
+def _expect_group(value, path: str):
+    if not isinstance(value, (dict, ml_collections.ConfigDict)):
+        raise ConfigError(f"{path} takes a group of settings, not {value!r}")
 
 
 def check_overrides(argv: list[str]):
@@ -234,6 +247,7 @@ def _convert(kind, value, path: str):
     if dataclasses.is_dataclass(kind):
         return from_config_dict(kind, value, path)
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is dict:
+        _expect_group(value, path)
         return {k: _convert(kind.__args__[1], v, f"{path}.{k}") for k, v in dict(value).items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -263,7 +277,13 @@ def check(config: Config):
         ),
         _one_of("bpo.algorithm", bpo.algorithm, ("bpo", "grpo")),
         _one_of("bpo.mode_tokens", bpo.mode_tokens, ("mask", "policy", "behaviour")),
-        (bpo.g >= 1, f"bpo.g must be at least 1, not {bpo.g}"),
+        _at_least("bpo.g", bpo.g, 1),
+        _at_least("bpo.updates_per_rollout", bpo.updates_per_rollout, 1),
+        _at_least("bpo.eval_every", bpo.eval_every, 1),
+        _at_least("log_every", config.log_every, 1),
+        _at_least("checkpoint_every", config.checkpoint_every, 1),
+        _at_least("generate.max_new_tokens", new_len, 3),  # the direct mode forces two
+        (bpo.num_steps == 0 or bool(bpo.topics), "bpo has no data: give it topics"),
         (
             bpo.temperature > 0,
             f"bpo.temperature must be above 0, not {bpo.temperature}: greedy rollouts explore "
@@ -275,9 +295,14 @@ def check(config: Config):
             f"generate.max_new_tokens ({new_len})",
         ),
         (
-            vision.num_patches < prompt_len,
-            f"generate.prompt_len ({prompt_len}) must hold a picture's {vision.num_patches} "
-            "tokens and the question",
+            vision.num_image_tokens < prompt_len,
+            f"generate.prompt_len ({prompt_len}) must hold a picture's "
+            f"{vision.num_image_tokens} tokens and the question",
+        ),
+        (
+            vision.pool in (1, 2) and vision.image_size // vision.patch_size % vision.pool == 0,
+            f"model.vision.pool is 1, or 2 where a tile's side is an even number of patches, not "
+            f"{vision.pool}",
         ),
         (
             config.world.vocab_size <= language.vocab_size,
@@ -306,3 +331,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]
     near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
     message = f"{name} is one of {', '.join(allowed)}, not {value!r}; did you mean {near}?"
     return value in allowed, message
+
+
+def _at_least(name: str, value: int, least: int) -> tuple[bool, str]:
+    """A rule of `check`: a lower bound."""
+    return value >= least, f"{name} must be at least {least}, not {value}"

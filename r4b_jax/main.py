@@ -109,16 +109,24 @@ def _parse(argv):
     """Flags; a mistake in them is one line and exit code 2."""
     try:
         check_overrides(argv)
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
             raise ConfigError("--config is missing; try --config=configs/tiny.py")
-        return rest
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _ = _CONFIG.value.seed  # a config file that cannot be read raises here
+    except (flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        key = str(error).strip("'\"")
+        names = [arg.lstrip("-").partition("=")[0] for arg in argv]
+        missing = [name for name in names if name.endswith(f".{key}")]
+        if missing:  # ml_collections names no more than the key
+            error = ConfigError(f"{missing[0]} is not in the config file; write it there")
         _stop(error)
+    return rest
 
 
 def _stop(error: Exception):
-    print(f"r4b_jax: {error.args[0] if error.args else error}", file=sys.stderr)
+    """One line to standard error, and exit code 2."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    print(f"r4b_jax: {text}", file=sys.stderr)
     sys.exit(2)
 
 

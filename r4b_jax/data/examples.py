@@ -58,22 +58,34 @@ def encode(tokenizer: Tokenizer, vision: VisionConfig, tokens, loss, image) -> E
     return Example(tokens, np.asarray(loss, np.float32), tiles, index, weight)
 
 
-def encode_question(tokenizer, vision, question: Question, thinks: bool, mask_empty_block: bool):
-    """A training example of a question, answered with its trace or directly."""
+def encode_question(
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    question: Question,
+    thinks: bool,
+    *,
+    mask_empty_block: bool,
+    length_power: float,
+) -> Example:
+    """A training example of a question, answered with its trace or directly.
+
+    Its n loss tokens weigh n^-length_power each: 0 = every token alike, 1 = every example alike.
+    """
     tokens, loss = dialogue.render(
         tokenizer,
         question.text,
-        vision.num_patches if question.image is not None else 0,
+        vision.num_image_tokens if question.image is not None else 0,
         question.answer,
         question.trace if thinks and question.trace else None,
         mask_empty_block=mask_empty_block,
     )
+    loss = loss * loss.sum() ** -length_power
     return encode(tokenizer, vision, tokens, loss, question.image)
 
 
 def encode_prompt(tokenizer, vision, question: Question) -> Example:
     """The prompt of a question up to `<think>`, for generation."""
-    num_image_tokens = vision.num_patches if question.image is not None else 0
+    num_image_tokens = vision.num_image_tokens if question.image is not None else 0
     tokens = dialogue.prompt_ids(tokenizer, question.text, num_image_tokens)
     return encode(tokenizer, vision, tokens, np.zeros(len(tokens)), question.image)
 

@@ -13,15 +13,17 @@ def tile_image(image: np.ndarray, vision: VisionConfig):
       image: uint8[h, w, 3], any size; resized (bicubic, as SigLIP's processor does) to the tile's
         square.
     Returns:
-      tiles uint8[1, image_size, image_size, 3], plan index int32[P, 4], plan weight float32[P, 4]:
-      image token p is patch p, with weight 1.
+      tiles uint8[1, image_size, image_size, 3], and for n = `vision.num_image_tokens` tokens the
+      plan's index int32[n, 4] and weight float32[n, 4]: a token is the mean of pool x pool patches.
     """
-    size, patches = vision.image_size, vision.num_patches
+    size, pool = vision.image_size, vision.pool
     if image.shape[:2] != (size, size):
         resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
-    index = np.zeros((patches, 4), np.int32)
-    index[:, 0] = np.arange(patches)
-    weight = np.zeros((patches, 4), np.float32)
-    weight[:, 0] = 1
+    side = size // vision.patch_size
+    patches = np.arange(side * side).reshape(side // pool, pool, side // pool, pool)
+    index = np.zeros((vision.num_image_tokens, 4), np.int32)
+    index[:, : pool * pool] = patches.swapaxes(1, 2).reshape(-1, pool * pool)
+    weight = np.zeros((vision.num_image_tokens, 4), np.float32)
+    weight[:, : pool * pool] = 1 / pool**2
     return image[None], index, weight

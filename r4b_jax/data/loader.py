@@ -52,6 +52,7 @@ def examples(config: Config, name: str, tokenizer: Tokenizer) -> grain.MapDatase
             question,
             thinks,
             mask_empty_block=stage.format == "direct",
+            length_power=stage.length_power,
         )
 
     seed = stream_seed(config.seed, name)

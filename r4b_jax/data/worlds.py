@@ -12,7 +12,8 @@ split. Topics:
     that BPO never
                                rewards, to see whether a maths-only reward carries over
     caption     (training)     the whole picture in words
-    text        (training)     what the pictures ask, with the digits or the shape as text
+    text        (training)     what the pictures of digits ask, with the digits as text
+    words       (training)     what easy-VQA asks, with the shape as words
     facts       (training)     single sums, differences, products and remainders
 
 Nothing in a question tells whether its training sample thinks: that is drawn apart (`thinks`).
@@ -41,6 +42,19 @@ ROWS = ("top", "middle", "bottom")
 PLACES = ("first", "second", "third")
 DIGIT, PICTURE = 16, 48  # pixels a side of a digit and of a picture
 NUM_TEST_DIGITS = 397
+SHAPES = ("circle", "rectangle", "triangle")
+# How often training asks each kind of easy-VQA's questions: of pictures, and of the shape in words.
+# "Is there no ..." comes with pictures only: as long as the match itself is not learned, it and its
+# contrary cancel each other's lesson.
+KIND_WEIGHTS = {
+    "shape": 0.25,
+    "colour": 0.1,
+    "present": 0.2,
+    "absent": 0.15,
+    "not present": 0.15,  # "is there no ...", and there is one
+    "not absent": 0.15,
+}
+TEXT_KIND_WEIGHTS = {"shape": 0.2, "colour": 0.2, "present": 0.3, "absent": 0.3}
 
 
 @functools.cache
@@ -75,12 +89,23 @@ def _easy_vqa(split: str):
         pictures[i] = np.asarray(small)
     shapes, colours = {}, {}
     for answer, i in zip(answers, ids):
-        if answer in ("circle", "rectangle", "triangle"):
+        if answer in SHAPES:
             shapes[i] = answer
         elif answer not in ("yes", "no"):
             colours[i] = answer
-    captions = {i: f"{colours[i]} {shapes[i]}" for i in sorted(shapes) if i in colours}
+    captions = {i: f"a {colours[i]} {shapes[i]}" for i in sorted(shapes) if i in colours}
     return pictures, list(zip(texts, answers, ids)), captions
+
+
+def _kind(text: str, answer: str) -> str:
+    """What an easy-VQA question is about: a key of KIND_WEIGHTS."""
+    if answer in SHAPES:
+        return "shape"
+    if answer not in ("yes", "no"):
+        return "colour"
+    if {"not", "no"}.isdisjoint(text.split()):
+        return "present" if answer == "yes" else "absent"
+    return "not absent" if answer == "yes" else "not present"
 
 
 def _running(terms, sign: str = "+", start: int | None = None) -> str:
@@ -124,9 +149,9 @@ def _maths(rng, grid) -> tuple[str, str, str]:
 
 
 def _facts(rng) -> tuple[str, str, str]:
-    """Four sums, differences, products or remainders of the kind the traces are made of."""
+    """Five sums, differences, products or remainders of the kind the traces are made of."""
     facts = []
-    for kind in rng.integers(0, 4, 4):
+    for kind in rng.choice(4, 5, p=[0.5, 0.15, 0.15, 0.2]):
         n, d = int(rng.integers(0, 60)), int(rng.integers(0, 10))
         if kind == 0:
             facts.append((f"{n}+{d}", n + d))
@@ -144,13 +169,16 @@ def _compare(rng, grid) -> tuple[str, str, str]:
     if rng.random() < 0.5:
         while len(set(sums := grid.sum(1).tolist())) < 3:
             grid[:] = rng.integers(0, 10, (3, 3))
-        trace = " ".join(f"{ROWS[i]} {_running(grid[i].tolist())}" for i in range(3))
-        return "Which row has the largest sum?", ROWS[int(np.argmax(sums))], trace
-    limit = int(rng.integers(2, 8))
-    counts = (grid > limit).sum(1).tolist()
-    over = ["".join(str(d) for d in row if d > limit) or "-" for row in grid.tolist()]
-    trace = f"{' '.join(over)} {_running(counts)}"
-    return f"How many digits are larger than {limit}?", str(sum(counts)), trace
+        steps = [f"{ROWS[i]} {_running(grid[i].tolist())}" for i in range(3)]
+        leader = ROWS[int(np.argmax(sums[:2]))], ROWS[int(np.argmax(sums))]
+        trace = f"{steps[0]} {steps[1]} {leader[0]} {steps[2]} {leader[1]}"
+        return "Which row has the largest sum?", leader[1], trace
+    limit, count, steps = int(rng.integers(2, 8)), 0, []
+    for i, row in enumerate(grid.tolist()):
+        over = [str(d) for d in row if d > limit]
+        count += len(over)
+        steps.append(f"{_row_text(grid, i)} {''.join(over) or '-'} {count}")
+    return f"How many digits are larger than {limit}?", str(count), " ".join(steps)
 
 
 def _ocr(rng, grid) -> tuple[str, str, str]:
@@ -186,14 +214,17 @@ class World:
     def __init__(self, config: WorldConfig, split: str):
         self.config, self.split, self.train = config, split, split == "train"
         self.shapes, self.shape_questions, self.captions = _easy_vqa(split)
+        self.shape_kinds = {kind: [] for kind in KIND_WEIGHTS}
+        for place, (text, answer, _) in enumerate(self.shape_questions):
+            self.shape_kinds[_kind(text, answer)].append(place)
 
     def question(self, topic: str, rng: np.random.Generator) -> Question:
         """One question of a topic. Raises KeyError for a topic this world does not have."""
         if topic == "vqa":
-            text, answer, picture = self.shape_questions[rng.integers(len(self.shape_questions))]
-            trace = f"a {self.captions.get(picture, 'shape')}"
+            text, answer, picture = self._shape_question(rng, KIND_WEIGHTS)
+            trace = self.captions.get(picture, "a shape")
             return Question(topic, self._shape(picture, rng), text, answer, trace)
-        if topic == "caption" and rng.random() < 0.4:
+        if topic == "caption" and rng.random() < 0.6:
             picture = list(self.captions)[rng.integers(len(self.captions))]
             caption = self.captions[picture]
             return Question(topic, self._shape(picture, rng), "Describe the picture.", caption, "")
@@ -203,12 +234,12 @@ class World:
         grid = rng.integers(0, 10, (3, 3))
         if topic == "arithmetic":
             text, answer, trace = _maths(rng, grid)
-        elif topic == "text" and rng.random() < 0.3:
-            text, answer, picture = self.shape_questions[rng.integers(len(self.shape_questions))]
+        elif topic == "words":
+            text, answer, picture = self._shape_question(rng, TEXT_KIND_WEIGHTS)
             caption = self.captions.get(picture)
             if caption is None:
                 return self.question(topic, rng)
-            return Question(topic, None, f"{caption}\n{text}", answer, f"a {caption}")
+            return Question(topic, None, f"{caption}\n{text}", answer, "")  # known at once
         elif topic == "text":
             text, answer, trace = (_ocr, _compare, _describe)[rng.integers(3)](rng, grid)
         else:
@@ -216,6 +247,14 @@ class World:
             text, answer, trace = make(rng, grid)
             return Question(topic, self._digits(grid, rng), text, answer, trace)
         return Question(topic, None, f"{_digits_text(grid)}\n{text}", answer, trace)
+
+    def _shape_question(self, rng, weights: dict[str, float]) -> tuple[str, str, int]:
+        """One of easy-VQA's questions; for training by kind: five of six of its yes/no questions
+        are about what is not there, and few ask for the shape."""
+        if not self.train:
+            return self.shape_questions[rng.integers(len(self.shape_questions))]
+        places = self.shape_kinds[rng.choice(list(weights), p=list(weights.values()))]
+        return self.shape_questions[places[rng.integers(len(places))]]
 
     def thinks(self, topic: str, rng: np.random.Generator) -> bool:
         """Whether a bi-mode training sample carries its trace; the question has no say."""

@@ -7,6 +7,7 @@ copy of the prompt's keys and values and to their own.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,79 +125,91 @@ def generate(
     rows = num_queries * rollouts
     prefix, first_logits = _prefill(model, prompts)
     first_logits = ban(first_logits, ids.never)
-    mode_logps = jax.nn.log_softmax(first_logits)[:, jnp.array([ids.thinking, ids.direct])]
-    prefix_mask = jnp.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
-    forced = jnp.pad(
-        forced.reshape(rows, -1),
-        ((0, 0), (0, max_new_tokens - MAX_FORCED)),
-        constant_values=-1,
+    fixed = _Fixed(
+        prefix=prefix,
+        prefix_mask=jnp.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None],
+        start=jnp.repeat(prompts.lengths, rollouts),
+        forced=jnp.pad(
+            forced.reshape(rows, -1),
+            ((0, 0), (0, max_new_tokens - MAX_FORCED)),
+            constant_values=-1,
+        ),
+        keys=keys.reshape(rows),
     )
-    keys = keys.reshape(rows)
-    start = jnp.repeat(prompts.lengths, rollouts)
-    language = config.language
-    cache_shape = (
-        language.num_layers,
-        rows,
-        max_new_tokens,
-        language.num_kv_heads,
-        language.head_dim,
+    kv_shape = (prefix[0].shape[0], rows, max_new_tokens, *prefix[0].shape[3:])
+    state = _State(
+        step=jnp.int32(0),
+        logits=jnp.repeat(first_logits, rollouts, 0),
+        suffix=(jnp.zeros(kv_shape, prefix[0].dtype), jnp.zeros(kv_shape, prefix[0].dtype)),
+        tokens=jnp.full((rows, max_new_tokens), ids.pad, jnp.int32),
+        logps=jnp.zeros((rows, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+        done=jnp.zeros((rows,), bool),
     )
-    cache = jnp.zeros(cache_shape, prefix[0].dtype)
-
-    def cond(state):
-        return (state["step"] < max_new_tokens) & ~jnp.all(state["done"])
-
-    def body(state):
-        step, done = state["step"], state["done"]
-        # The next token: the forced one where there is one, padding once the row is done, else
-        # sampled.
-        sampled, logp = choose(
-            state["logits"], jax.vmap(jax.random.fold_in, (0, None))(keys, step), temperature
-        )
-        must = forced[:, step]
-        is_forced = must >= 0
-        logp = jnp.where(is_forced, logp_of(state["logits"], jnp.maximum(must, 0)), logp)
-        token = jnp.where(done, ids.pad, jnp.where(is_forced, must, sampled))
-        written = jnp.arange(max_new_tokens) < step
-        hidden, kv = model.language_model(
-            model.language_model.embed(token[:, None]),
-            (start + step)[:, None],
-            lambda q, k, v, kept: attend_shared_prefix(
-                q, k, v, kept[:2], kept[2:], (prefix_mask, written)
-            ),
-            (*prefix, *state["suffix"]),
-            keep_kv=True,
-        )
-        suffix = tuple(
-            jax.lax.dynamic_update_slice(old, new, (0, 0, step, 0, 0))
-            for old, new in zip(state["suffix"], kv)
-        )
-        return {
-            "step": step + 1,
-            "logits": ban(model.language_model.logits(hidden[:, 0]), ids.never),
-            "suffix": suffix,
-            "tokens": state["tokens"].at[:, step].set(token),
-            "logps": state["logps"].at[:, step].set(jnp.where(done, 0, logp)),
-            "lengths": state["lengths"] + ~done,
-            "done": done | (token == ids.end),
-        }
-
-    state = {
-        "step": jnp.int32(0),
-        "logits": jnp.repeat(first_logits, rollouts, 0),
-        "suffix": (cache, cache),
-        "tokens": jnp.full((rows, max_new_tokens), ids.pad, jnp.int32),
-        "logps": jnp.zeros((rows, max_new_tokens), jnp.float32),
-        "lengths": jnp.zeros((rows,), jnp.int32),
-        "done": jnp.zeros((rows,), bool),
-    }
-    state = jax.lax.while_loop(cond, body, state)
+    state = jax.lax.while_loop(
+        lambda s: (s.step < max_new_tokens) & ~jnp.all(s.done),
+        lambda s: _decode_step(model, ids, temperature, fixed, s),
+        state,
+    )
     shape = (num_queries, rollouts)
     return Generation(
-        tokens=state["tokens"].reshape(*shape, -1),
-        logps=state["logps"].reshape(*shape, -1),
-        lengths=state["lengths"].reshape(shape),
-        mode_logps=mode_logps,
+        tokens=state.tokens.reshape(*shape, -1),
+        logps=state.logps.reshape(*shape, -1),
+        lengths=state.lengths.reshape(shape),
+        mode_logps=jax.nn.log_softmax(first_logits)[:, jnp.array([ids.thinking, ids.direct])],
+    )
+
+
+class _Fixed(NamedTuple):
+    """What decoding reads and never changes; B = Q*R rows."""
+
+    prefix: tuple[Array, Array]  # keys and values of the prompts, each [L, Q, S, K, H]
+    prefix_mask: Array  # bool[Q, S]
+    start: Array  # int32[B], position of the first new token
+    forced: Array  # int32[B, U], -1 = free
+    keys: Array  # typed keys [B]
+
+
+class _State(NamedTuple):
+    """What a decoding step changes."""
+
+    step: Array  # int32[]
+    logits: Array  # float32[B, V], of the token to be chosen
+    suffix: tuple[Array, Array]  # keys and values of the new tokens, each [L, B, U, K, H]
+    tokens: Array  # int32[B, U]
+    logps: Array  # float32[B, U]
+    lengths: Array  # int32[B]
+    done: Array  # bool[B]
+
+
+def _decode_step(model: r4b.R4B, ids: Ids, temperature: float, fixed: _Fixed, state: _State):
+    """Choose every row's next token, then compute the logits of the one after it."""
+    step, done = state.step, state.done
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(fixed.keys, step)
+    sampled, logp = choose(state.logits, step_keys, temperature)
+    # Three cases: the row is done (padding), the mode forces a token, else the sampled one.
+    must = fixed.forced[:, step]
+    token = jnp.where(done, ids.pad, jnp.where(must >= 0, must, sampled))
+    logp = jnp.where(must >= 0, logp_of(state.logits, jnp.maximum(must, 0)), logp)
+    masks = (fixed.prefix_mask, jnp.arange(state.tokens.shape[1]) < step)
+    hidden, kv = model.language_model(
+        model.language_model.embed(token[:, None]),
+        (fixed.start + step)[:, None],
+        lambda q, k, v, kept: attend_shared_prefix(q, k, v, kept[:2], kept[2:], masks),
+        (*fixed.prefix, *state.suffix),
+        keep_kv=True,
+    )
+    return _State(
+        step=step + 1,
+        logits=ban(model.language_model.logits(hidden[:, 0]), ids.never),
+        suffix=tuple(
+            jax.lax.dynamic_update_slice(old, new, (0, 0, step, 0, 0))
+            for old, new in zip(state.suffix, kv)
+        ),
+        tokens=state.tokens.at[:, step].set(token),
+        logps=state.logps.at[:, step].set(jnp.where(done, 0, logp)),
+        lengths=state.lengths + ~done,
+        done=done | (token == ids.end),
     )
 
 

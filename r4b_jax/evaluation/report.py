@@ -8,6 +8,7 @@ import time
 
 import matplotlib
 import numpy as np
+import rich.box
 import rich.table
 from PIL import Image
 
@@ -89,7 +90,7 @@ def table_rows(content: dict) -> list[list[str]]:
     rows = []
     for topic, kind in content["topics"].items():
         for mode in MODES:
-            row = [[topic, f"({kind})", ""][MODES.index(mode)], mode]
+            row = [[topic, kind, ""][MODES.index(mode)], mode]
             for when in ("before", "after"):
                 cell = content[when].get(topic, {}).get(mode)
                 if cell is None:
@@ -106,7 +107,8 @@ HEADERS = ["topic", "mode", "right", "thinks", "tokens", "right*", "thinks*", "t
 
 def show(content: dict, workdir: str):
     """The table of a report on the console."""
-    table = rich.table.Table(title=f"{content['name']}, seed {content['seed']} (* after BPO)")
+    title = f"{content['name']}, seed {content['seed']} (* after BPO)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for i, header in enumerate(HEADERS):
         table.add_column(header, justify="left" if i < 2 else "right")
     for i, row in enumerate(table_rows(content)):
@@ -130,7 +132,7 @@ def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
 def _markdown(content: dict, figures: dict[str, str], samples: list[dict]) -> str:
     parts = [
         f"# {content['name']}, seed {content['seed']}",
-        "Test questions, answered by the annealed model and, in the columns with a star, after BPO. "
+        "Test questions, answered by the annealed model and, in columns with a star, after BPO. "
         "Answers are greedy; a reply that was cut off counts as wrong. *tokens* are those after "
         "`<think>`, forced ones included; *thinks* is the share of auto replies that begin with a "
         "thought.",

@@ -6,6 +6,7 @@ clipped ratios with a KL to the annealed model.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import os
@@ -30,7 +31,7 @@ from r4b_jax.rl.rewards import maths_reward
 from r4b_jax.rl.rollout import RolloutBatch, Rollouts, pack_rollouts, sample_rollouts
 from r4b_jax.training.losses import token_logps
 from r4b_jax.training.optimizer import bpo_optimizer
-from r4b_jax.training.step import TrainState, apply_gradients, init_state
+from r4b_jax.training.step import TrainState, init_state
 
 
 def run_bpo(config: Config, reference: dict, tokenizer: Tokenizer, workdir: str) -> dict:
@@ -73,17 +74,20 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir) -> TrainSt
             advantages = group_advantages(rewards)
             batches = pack_rollouts(config, tokenizer, rollouts, advantages)
             clock.append(time.monotonic())
-            state, metrics = update(
-                config, state, reference, batches, rewards.size, gradients, apply
-            )
+            metrics = {"skipped": float(not advantages.any())}
+            if advantages.any():
+                state, values = update(
+                    config, state, reference, batches, rewards.size, gradients, apply
+                )
+                metrics |= values
+            else:  # every group is degenerate: nothing to learn from
+                state = dataclasses.replace(state, step=state.step + 1)
             clock.append(time.monotonic())
             metrics |= rollout_metrics(rollouts, rewards, advantages)
             names = ("rollout", "reward", "update")
             metrics |= {f"seconds/{n}": b - a for n, a, b in zip(names, clock, clock[1:])}
             writer.write(step, metrics)
-            progress.advance(
-                reward=metrics["reward/mean"], p_think=metrics["p_think"], kl=metrics["kl"]
-            )
+            progress.advance(reward=metrics["reward/mean"], p_think=metrics["p_think"])
             last = step == bpo.num_steps
             if step % bpo.eval_every == 0 or last:
                 _small_evaluation(config, state.params, tokenizer, questions, writer, step)
@@ -133,9 +137,11 @@ def make_update(config: Config, never: tuple[int, ...]):
         grads, (logps, sums) = jax.grad(loss_fn, has_aux=True)(params)
         return grads, logps, sums
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, grads) -> tuple[TrainState, jax.Array]:
-        return apply_gradients(state, grads, optimizer), optax.global_norm(grads)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def apply(params, opt_state, grads):
+        """(new parameters, new optimiser state, gradient norm)."""
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
 
     return gradients, apply
 
@@ -162,33 +168,30 @@ def bpo_loss(bpo: BPOConfig, logps, reference_logps, rollouts, stored, is_first,
 
 
 def update(config, state, reference, batches, num_rollouts, gradients, apply):
-    """`updates_per_rollout` optimiser steps on the same rollouts; none if no rollout has an
-    advantage.
+    """`updates_per_rollout` optimiser steps on the same rollouts.
 
     Returns:
-      the new state, and metrics as floats.
+      the new state, one step on, and metrics of the last update as floats.
+    Raises:
+      FloatingPointError: the loss or its gradient is not finite; the message names the step.
     """
-    bpo = config.bpo
+    params, opt_state = state.params, state.opt_state
     stored = [np.zeros_like(b.sampler_logps) for b in batches]
-    metrics = {}
-    for index in range(bpo.updates_per_rollout):
+    for index in range(config.bpo.updates_per_rollout):
         total, parts = None, []
         for i, batch in enumerate(batches):
             grads, logps, sums = gradients(
-                state.params, reference, batch, stored[i], index == 0, float(num_rollouts)
+                params, reference, batch, stored[i], index == 0, float(num_rollouts)
             )
             if index == 0:
                 stored[i] = logps
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
             parts.append(sums)
-        last = index == bpo.updates_per_rollout - 1
-        state, grad_norm = apply(state, total)
-        if not last:
-            state = TrainState(state.step - 1, state.params, state.opt_state)
+        params, opt_state, grad_norm = apply(params, opt_state, total)
         metrics = _update_metrics(jax.device_get(parts), float(grad_norm))
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            raise FloatingPointError(f"bpo, step {int(state.step)}: loss {metrics['loss']}")
-    return state, metrics
+            raise FloatingPointError(f"bpo, step {int(state.step) + 1}: loss {metrics['loss']}")
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def _update_metrics(parts: list[dict], grad_norm: float) -> dict:

@@ -40,7 +40,8 @@ def apply_gradients(state: TrainState, grads: dict, optimizer) -> TrainState:
 def make_train_step(config: ModelConfig, stage: StageConfig):
     """One jitted update of a supervised stage: (state, batch) -> (state, metrics).
 
-    The state is donated. Metrics: `loss` (mean a loss token), `grad_norm`, `loss_tokens`, `tokens`.
+    The state is donated. Metrics: `loss` (weighted mean a token), `grad_norm`, `loss_tokens`,
+    `tokens`.
     """
     names, optimizer = trainable(stage), stage_optimizer(stage)
 
@@ -49,14 +50,14 @@ def make_train_step(config: ModelConfig, stage: StageConfig):
         def loss_fn(trained: dict):
             model = r4b.bind(config, state.params | trained)
             total, weight = supervised_loss(model, batch, config.loss_chunk)
-            return total / jnp.maximum(weight, 1), weight
+            return total / jnp.maximum(weight, 1e-6)
 
         trained = {name: state.params[name] for name in names}
-        (loss, weight), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        loss, grads = jax.value_and_grad(loss_fn)(trained)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(grads),
-            "loss_tokens": weight,
+            "loss_tokens": jnp.sum(batch.loss_weights > 0),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
         return apply_gradients(state, grads, optimizer), metrics

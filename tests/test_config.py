@@ -1,0 +1,213 @@
+"""Settings: all of them are read, none is swallowed, and a mistake is told at once with a name."""
+
+import ast
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from r4b_jax import config as c
+
+ROOT = pathlib.Path(__file__).parent.parent
+CLASSES = (
+    c.VisionConfig,
+    c.LanguageConfig,
+    c.ModelConfig,
+    c.WorldConfig,
+    c.StageConfig,
+    c.BPOConfig,
+    c.GenerateConfig,
+    c.Config,
+)
+
+
+def names_read() -> set[str]:
+    """Names that the package's code reads as `.name` or names in a string (`getattr`)."""
+    names = set()
+    for path in (ROOT / "r4b_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)  # a docstring is no field name
+    return names
+
+
+def test_every_class_of_settings_is_looked_at():
+    """A new dataclass of settings must be added here, or its fields would go unwatched."""
+    found = {v for v in vars(c).values() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    assert found == set(CLASSES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_is_read_somewhere(cls):
+    """A setting that nothing reads lies to whoever sets it (tunix's rope_theta)."""
+    read = names_read()
+    assert [f.name for f in dataclasses.fields(cls) if f.name not in read] == []
+
+
+@pytest.mark.parametrize("size", ["full", "smoke"])
+def test_the_tiny_config_passes_its_own_check_and_survives_the_way_there_and_back(tiny, size):
+    """What the command line hands over must be what the file meant, field by field."""
+    values = tiny(size)
+    config = c.from_config_dict(c.Config, values)
+    c.check(config)
+    assert c.from_config_dict(c.Config, c.to_config_dict(config)) == config
+    assert c.to_config_dict(config).to_dict() == values.to_dict()
+    hash(config.model)  # it is a static argument of jitted functions
+
+
+def test_a_size_that_the_tiny_config_does_not_have_is_an_error(tiny):
+    """`configs/tiny.py:smokee` must not quietly start the run of an hour."""
+    with pytest.raises((ValueError, KeyError), match="smokee"):
+        tiny("smokee")
+
+
+def test_every_default_survives_the_way_there_and_back():
+    """A default of a type that its own field does not accept could never be set again."""
+    for cls in CLASSES:
+        assert c.from_config_dict(cls, c.to_config_dict(cls())) == cls()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"bpo": {"gg": 8}}, "config.bpo.gg is not a setting; did you mean config.bpo.g?"),
+        ({"sed": 1}, "did you mean config.seed?"),
+        ({"model": {"language": {"rope_tetha": 1.0}}}, "did you mean config.model.language.rope_t"),
+        ({"seed": 1.5}, "config.seed takes int, not float 1.5"),
+        ({"seed": True}, "config.seed takes int, not bool True"),
+        ({"model": {"remat": 1}}, "config.model.remat takes bool, not int 1"),
+        ({"name": 3}, "config.name takes str, not int 3"),
+        ({"joint": {"topics": {"ocr": "much"}}}, "config.joint.topics.ocr takes float, not str"),
+        ({"model": 3}, "config.model"),
+        ({"joint": {"topics": "ocr"}}, "config.joint.topics"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_with_its_name(values, message):
+    """The nearest valid name, or the type, belongs in the message: a traceback helps nobody."""
+    with pytest.raises(c.ConfigError, match=re.escape(message)):
+        c.from_config_dict(c.Config, values)
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted():
+    """`--config.bpo.kl_beta=0` must work, and mean 0.0."""
+    config = c.from_config_dict(c.Config, {"bpo": {"kl_beta": 0, "topics": {"maths": 1}}})
+    assert type(config.bpo.kl_beta) is float and type(config.bpo.topics["maths"]) is float
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.bpo.gg=8", "config.bpo.gg is not a setting; did you mean config.bpo.g?"),
+        ("--config.bpoo.g=8", "config.bpoo is not a setting; did you mean config.bpo?"),
+        ("--config.bpo.g=eight", "config.bpo.g takes int, not 'eight'"),
+        ("--config.bpo.g=1.5", "config.bpo.g takes int, not '1.5'"),
+        ("-config.bpo.kl_beta=no", "config.bpo.kl_beta takes float, not 'no'"),
+        ("--config.model.vision=3", "config.model.vision is a group: image_size, patch_size"),
+    ],
+)
+def test_a_wrong_override_is_an_error_with_its_name(argument, message):
+    """ml_collections would only say that a key does not exist."""
+    with pytest.raises(c.ConfigError, match=re.escape(message)):
+        c.check_overrides(["main.py", "--config=configs/tiny.py", argument])
+
+
+def test_right_overrides_pass():
+    """Every leaf can be set, and topics, whose names are data."""
+    right = ["--config=x.py", "--config.bpo.g=8", "--config.seed", "1", "--workdir=a.b=c"]
+    c.check_overrides(["main.py", *right, "--config.joint.topics.ocr=0.5"])
+
+
+# What must not pass `check`: one change to the tiny config each, and the setting it names.
+REFUSED = {
+    "model.language.num_heads": {"model": {"language": {"num_heads": 5}}},
+    "model.vision.width": {"model": {"vision": {"width": 95}}},
+    "bpo.algorithm": {"bpo": {"algorithm": "bpoo"}},
+    "bpo.mode_tokens": {"bpo": {"mode_tokens": "polcy"}},
+    "bpo.g": {"bpo": {"g": 0}},
+    "bpo.temperature": {"bpo": {"temperature": 0.0}},
+    "bpo.packed_len": {"bpo": {"packed_len": 100}},
+    "generate.prompt_len": {"generate": {"prompt_len": 9}},
+    "world.vocab_size": {"world": {"vocab_size": 600}},
+    "joint.schedule": {"joint": {"schedule": "cosin"}},
+    "joint.optimizer": {"joint": {"optimizer": "adam"}},
+    "joint.format": {"joint": {"format": "both"}},
+    "warmup trains nothing": {"warmup": {"lr_projector": 0.0}},
+    "warmup has no data": {"warmup": {"topics": {}}},
+    "bpo has no data": {"bpo": {"topics": {}}},
+    "bpo.updates_per_rollout": {"bpo": {"updates_per_rollout": 0}},
+    "bpo.eval_every": {"bpo": {"eval_every": 0}},
+    "log_every": {"log_every": 0},
+    "checkpoint_every": {"checkpoint_every": 0},
+    "generate.max_new_tokens": {"generate": {"max_new_tokens": 1}},  # the direct mode forces two
+}
+
+
+def changed(config, changes: dict):
+    """A nested dataclass with nested changes."""
+    return dataclasses.replace(
+        config,
+        **{
+            name: changed(getattr(config, name), value)
+            if dataclasses.is_dataclass(getattr(config, name))
+            else value
+            for name, value in changes.items()
+        },
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_cannot_work_are_refused_by_name(tiny, name):
+    """Before anything is computed, not after an hour of training."""
+    config = changed(c.from_config_dict(c.Config, tiny()), REFUSED[name])
+    with pytest.raises(c.ConfigError, match=re.escape(f"config.{name}")):
+        c.check(config)
+
+
+def test_a_wrong_choice_is_answered_with_the_nearest_one(tiny):
+    """`polcy` is a typo of `policy`, and the message says so."""
+    config = changed(c.from_config_dict(c.Config, tiny()), REFUSED["bpo.mode_tokens"])
+    with pytest.raises(c.ConfigError, match="did you mean policy"):
+        c.check(config)
+
+
+def run_main(*arguments: str) -> subprocess.CompletedProcess:
+    """`python -X importtime -m r4b_jax.main ...` in the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "r4b_jax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=configs/tiny.py", "--config.bpo.gg=8"], "did you mean config.bpo.g?"),
+        (["--config=configs/tiny.py", "--config.bpo.mode_tokens=polcy"], "did you mean policy?"),
+        (["--config=configs/tiny.py", "seed=1"], "unknown argument 'seed=1'"),
+        (["--config=configs/tinny.py"], "tinny.py"),
+        (["--config=configs/tiny.py", "--config.model.remat=maybe"], "config.model.remat"),
+        (["--config=configs/tiny.py", "--config.warmup.topics.ocr=1"], "config.warmup.topics.ocr"),
+        (["--config=configs/tiny.py", "--wrkdir=x"], "workdir"),
+        ([], "--config is missing"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    """And told before jax is imported, so within a second."""
+    result = run_main(*arguments, f"--workdir={tmp_path / 'run'}")
+    lines = [x for x in result.stderr.splitlines() if not x.startswith("import time:")]
+    assert result.returncode == 2
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("r4b_jax: ")
+    imported = re.findall(r"^import time:.*\| +(\S+)$", result.stderr, re.MULTILINE)
+    assert "ml_collections" in imported  # the list is real
+    assert not {"jax", "flax", "optax", "grain", "tokenizers", "matplotlib"} & set(imported)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,271 @@
+"""Examples, packing and the loader: packed = unpacked, and resumed = uninterrupted."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from helpers import CONFIG, MODEL, assert_trees_close, one_a_row, picture, questions, with_reply
+
+from r4b_jax import config as c
+from r4b_jax.data import images
+from r4b_jax.data.examples import Packer, empty_batch, encode, encode_question, place
+from r4b_jax.data.loader import Loader, examples, pick_topic, stream_seed
+from r4b_jax.models import r4b
+from r4b_jax.training.losses import supervised_loss
+
+VISION = MODEL.vision
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    """Six examples, four with pictures of their own, thinking and direct, of different lengths."""
+    made = []
+    for i, question in enumerate(2 * questions()):
+        thinks, masked, power = (True, False, 0.0) if i < 3 else (False, True, 0.7)
+        if question.image is not None:
+            question = dataclasses.replace(question, image=picture(20 + i))
+        settings = dict(mask_empty_block=masked, length_power=power)
+        made.append(encode_question(tokenizer, VISION, question, thinks, **settings))
+    assert len({len(e.tokens) for e in made}) >= 5
+    return made
+
+
+@pytest.fixture(scope="module")
+def packed(samples, tokenizer):
+    """The six in two rows, several to a row."""
+    packer = Packer(2, 130, 3, VISION, tokenizer.pad_id)
+    assert all(packer.add(example) for example in samples)
+    assert packer.segments.min() >= 2 and packer.tiles_used.max() >= 2
+    return packer.batch
+
+
+def test_packed_equals_unpacked_in_loss_and_gradients(samples, packed, params, tokenizer):
+    """Packing is an optimisation: no example may see another, nor another's picture."""
+
+    @jax.jit
+    def loss_and_grads(params, batch):
+        def loss(params):
+            total, weight = supervised_loss(r4b.bind(MODEL, params), batch, MODEL.loss_chunk)
+            return total, weight
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (total, weight), grads = loss_and_grads(params, packed)
+    length = max(len(e.tokens) for e in samples)
+    alone = []
+    for example in samples:
+        batch = empty_batch(1, length, 1, VISION, tokenizer.pad_id)
+        place(batch, 0, 0, 0, 1, example, VISION.num_patches)
+        alone.append(jax.device_get(loss_and_grads(params, batch)))
+    summed = jax.tree.map(lambda *x: sum(x), *alone)
+    np.testing.assert_allclose(total, summed[0][0], rtol=1e-5)
+    expected = sum(e.loss_weights.sum() for e in samples)
+    np.testing.assert_allclose([weight, summed[0][1]], expected, rtol=1e-5)
+    assert_trees_close(jax.device_get(grads), summed[1], 1e-4)
+    for component in ("vision_tower", "projector", "language_model"):  # no vacuous zeros
+        assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads[component]))
+
+
+def test_packing_changes_no_log_probability(samples, packed, params, logps_of, tokenizer):
+    """Place by place, beside a row as long as the example is, with no padding at all."""
+    inside = np.asarray(logps_of(params, packed))
+    found = {}
+    for row, segment in itertools.product(range(2), range(1, 6)):
+        places = packed.segment_ids[row] == segment
+        if places.any():
+            found[tuple(packed.tokens[row][places])] = inside[row][places]
+    assert len(found) == len(samples)
+    for example in (samples[0], samples[4], samples[5]):
+        bare = one_a_row([example], len(example.tokens), tokenizer.pad_id)
+        logps = np.asarray(logps_of(params, bare))[0]
+        got = found[tuple(example.tokens)]
+        np.testing.assert_allclose(got[1:], logps[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_poisoned_neighbour_changes_nothing(packed, params, logps_of):
+    """Other tokens and another picture in segment 1 must not reach segment 2, in any digit."""
+    row = 0
+    first, rest = packed.segment_ids[row] == 1, packed.segment_ids[row] > 1
+    tokens, tiles = packed.tokens.copy(), packed.tiles.copy()
+    tokens[row, first] = np.random.default_rng(0).integers(6, 290, first.sum())
+    tiles[row, 0] = picture(9)
+    poisoned = dataclasses.replace(packed, tokens=tokens, tiles=tiles)
+    before, after = (np.asarray(logps_of(params, b))[row] for b in (packed, poisoned))
+    np.testing.assert_array_equal(before[rest], after[rest])
+    assert np.abs(before - after)[first].max() > 0.1
+    assert packed.plan.weight[row][rest].any()  # a later segment has a picture of its own
+
+
+def test_padding_carries_no_loss_and_belongs_to_no_segment(packed, samples):
+    """Rows are seldom full: what is left over must weigh nothing and be seen by nothing."""
+    empty = packed.segment_ids == 0
+    assert empty.sum() == packed.tokens.size - sum(len(e.tokens) for e in samples)
+    assert not packed.loss_weights[empty].any() and not packed.plan.weight[empty].any()
+
+
+def test_a_row_without_room_for_tokens_or_tiles_is_passed_over(samples, tokenizer):
+    """Either limit alone must close a row, or shapes would no longer be fixed."""
+    with_picture, text = samples[0], samples[1]
+    packer = Packer(2, 200, 1, VISION, tokenizer.pad_id)
+    assert [packer.add(with_picture) for _ in range(3)] == [True, True, False]  # tiles are full
+    assert packer.segments.tolist() == [1, 1]
+    while packer.add(text):
+        pass
+    assert np.all(packer.used + len(text.tokens) > 200) and packer.used.max() <= 200
+    assert not Packer(2, 20, 1, VISION, tokenizer.pad_id).fits_empty(text)
+    assert not Packer(2, 200, 0, VISION, tokenizer.pad_id).fits_empty(with_picture)
+
+
+def test_pictures_and_placeholders_must_agree(tokenizer):
+    """One image token too few would shift every patch of the picture unseen."""
+    tokens = [tokenizer.image_id] * 3
+    with pytest.raises(ValueError, match="3 image tokens for 4"):
+        encode(tokenizer, VISION, tokens, np.zeros(3), picture(0))
+    with pytest.raises(ValueError, match="no image"):
+        encode(tokenizer, VISION, tokens, np.zeros(3), None)
+
+
+def test_a_picture_of_another_size_is_scaled_and_of_the_right_size_untouched():
+    """The model's tile is what the config says, whatever the data's size."""
+    np.testing.assert_array_equal(images.tile_image(picture(1), VISION)[0][0], picture(1))
+    halves = np.zeros((30, 48, 3), np.uint8)
+    halves[:, 24:] = 200
+    scaled = images.tile_image(halves, VISION)[0][0]
+    assert scaled.shape == (16, 16, 3)
+    assert scaled[:, :6].max() < 20 and scaled[:, 10:].min() > 180
+
+
+def test_the_plan_of_a_tile_reads_it_row_by_row_and_pools_neighbours():
+    """Four patches by four, by hand: pooled tokens are the means of squares, not of runs."""
+    _, index, weight = images.tile_image(picture(1), VISION)
+    assert index.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert (weight == 0.25).all()
+    _, index, weight = images.tile_image(picture(1), dataclasses.replace(VISION, pool=1))
+    assert index.tolist() == [[i, 0, 0, 0] for i in range(16)]
+    assert weight.tolist() == [[1, 0, 0, 0]] * 16
+
+
+@pytest.mark.parametrize("power, total", [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
+def test_long_replies_weigh_as_the_length_power_says(tokenizer, power, total):
+    """n tokens of n^-power each sum to n^(1-power); masked tokens are none of the n."""
+    for thinks, masked in ((True, False), (False, True), (False, False)):
+        example = encode_question(
+            tokenizer, VISION, questions()[1], thinks, mask_empty_block=masked, length_power=power
+        )
+        count = np.count_nonzero(example.loss_weights)
+        np.testing.assert_allclose(example.loss_weights.sum(), count**total, rtol=1e-5)
+        assert len(set(example.loss_weights)) == 2
+
+
+# The loader
+
+STAGE = c.StageConfig(
+    topics={"maths": 0.5, "arithmetic": 0.3, "vqa": 0.2},
+    num_steps=9,
+    batch_rows=2,
+    packed_len=180,
+    packed_tiles=2,
+)
+
+
+def loader(tokenizer, position: int = 0, seed: int = 0, **changes) -> Loader:
+    stage = dataclasses.replace(STAGE, **changes)
+    config = dataclasses.replace(CONFIG, annealing=stage, seed=seed)
+    return Loader(config, "annealing", tokenizer, position)
+
+
+def take(source: Loader, count: int):
+    """`count` batches and the position after each."""
+    batches = iter(source)
+    taken = [(next(batches), source.position) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def same(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def test_batches_from_a_saved_position_are_those_of_an_uninterrupted_run(tokenizer):
+    """A resumed run must see exactly what it would have seen, bit for bit."""
+    whole = take(loader(tokenizer), 5)
+    resumed = take(loader(tokenizer, position=whole[1][1]), 3)
+    for (batch, position), (again, position_again) in zip(whole[2:], resumed):
+        assert same(batch, again) and position == position_again
+    positions = [position for _, position in whole]
+    assert positions == sorted(set(positions)) and positions[0] > 2
+
+
+def test_another_seed_or_stage_gives_other_batches(tokenizer):
+    """A seed that changed nothing would make error bars meaningless."""
+    (first, _), (other, _) = take(loader(tokenizer), 1)[0], take(loader(tokenizer, seed=1), 1)[0]
+    assert not same(first, other) and same(first, take(loader(tokenizer), 1)[0][0])
+    seeds = {stream_seed(seed, name) for seed in range(3) for name in ("joint", "annealing")}
+    assert len(seeds) == 6
+
+
+def test_every_sample_is_used_once_in_order_or_dropped_and_counted(tokenizer):
+    """An example too long for a row must not end the stream, nor vanish without a count."""
+    stream = examples(source_config(), "annealing", tokenizer)
+    room = sorted(len(stream[i].tokens) for i in range(40))[25]
+    source = loader(tokenizer, packed_len=room)
+    taken = take(source, 8)
+    end = taken[-1][1]
+    fitting = [e for e in (stream[i] for i in range(end)) if len(e.tokens) <= room]
+    assert source.dropped == end - len(fitting) > 0
+    segments = [
+        tuple(batch.tokens[row][batch.segment_ids[row] == segment])
+        for batch, _ in taken
+        for row in range(2)
+        for segment in range(1, batch.segment_ids[row].max() + 1)
+    ]
+    assert sorted(segments) == sorted(tuple(e.tokens) for e in fitting)
+
+
+def source_config(**changes) -> c.Config:
+    return dataclasses.replace(CONFIG, annealing=dataclasses.replace(STAGE, **changes))
+
+
+def test_an_error_in_the_loaders_thread_reaches_the_caller(tokenizer):
+    """A topic that does not exist must stop the run with its name, not hang it."""
+    with pytest.raises(KeyError, match="mathss"):
+        take(loader(tokenizer, topics={"mathss": 1.0}), 1)
+
+
+@pytest.mark.parametrize("topics", [{"maths": 3.0, "ocr": 1.0}, {"ocr": 0.25, "maths": 0.75}])
+def test_topics_are_drawn_by_their_weights_whatever_their_order_and_sum(topics):
+    """The mixture is a set of weights: neither normalised nor ordered."""
+    rng = np.random.default_rng(0)
+    drawn = [pick_topic(topics, rng) for _ in range(4000)]
+    assert abs(drawn.count("maths") / 4000 - 0.75) < 0.03
+    assert pick_topic({"a": 0.0, "b": 1.0, "c": 0.0}, rng) == "b"
+
+
+@pytest.mark.parametrize("format", ["direct", "thinking", "bimode"])
+def test_the_format_of_a_stage_decides_who_thinks_and_what_is_masked(tokenizer, format):
+    """Stage 3 is all direct with the empty block masked; annealing has both and masks nothing."""
+    stream = examples(source_config(format=format), "annealing", tokenizer)
+    modes = set()
+    for i in range(25):
+        example = stream[i]
+        start = np.flatnonzero(example.tokens == tokenizer.think_id)[0] + 1
+        thinks = example.tokens[start] == tokenizer.thinking_id
+        modes.add("thinking" if thinks else "direct")
+        assert not example.loss_weights[:start].any()
+        masked = 2 if format == "direct" else 0
+        assert not example.loss_weights[start : start + masked].any()
+        assert example.loss_weights[start + masked :].all()
+    assert modes == ({"direct", "thinking"} if format == "bimode" else {format})
+
+
+def test_the_reply_helper_builds_what_training_builds(tokenizer):
+    """The other tests lean on it, so it is checked against the real thing."""
+    question = questions()[0]
+    real = encode_question(
+        tokenizer, VISION, question, True, mask_empty_block=False, length_power=0.0
+    )
+    length = int(real.loss_weights.sum())
+    ours = with_reply(tokenizer, question, real.tokens[-length:])
+    assert same(dataclasses.asdict(real), dataclasses.asdict(ours))
