@@ -24,13 +24,7 @@ def get_config(size: str = "full"):
         name="tiny",
         model=c.ModelConfig(
             vision=c.VisionConfig(
-                image_size=48,
-                patch_size=8,
-                pool=2,
-                width=96,
-                num_layers=2,
-                num_heads=6,
-                mlp_dim=192,
+                image_size=48, patch_size=16, width=96, num_layers=2, num_heads=6, mlp_dim=192
             ),
             language=c.LanguageConfig(
                 vocab_size=512,
@@ -65,10 +59,10 @@ def get_config(size: str = "full"):
             warmup_steps=5,
         ),
         alignment=stage(
-            topics={"caption": 0.5, "ocr": 0.1, "vqa": 0.4},
+            topics={"caption": 0.5, "ocr": 0.2, "vqa": 0.3},
             format="direct",
-            length_power=1.0,
-            num_steps=80,
+            length_power=0.5,
+            num_steps=100,
             lr_projector=LR,
             lr_vision=LR,
             warmup_steps=10,
@@ -76,16 +70,16 @@ def get_config(size: str = "full"):
         ),
         joint=stage(
             topics={
-                "caption": 0.15,
-                "ocr": 0.13,
-                "vqa": 0.42,
-                "facts": 0.2,
+                "caption": 0.1,
+                "ocr": 0.2,
+                "vqa": 0.4,
+                "facts": 0.15,
                 "maths": 0.05,
-                "compare": 0.05,
+                "compare": 0.1,
             },
             format="direct",
-            length_power=1.0,
-            num_steps=290,
+            length_power=0.5,
+            num_steps=200,
             lr_projector=LR,
             lr_vision=LR,
             lr_language=LR,
@@ -93,7 +87,7 @@ def get_config(size: str = "full"):
             warmup_steps=10,
         ),
         annealing=stage(
-            topics={"ocr": 0.1, "vqa": 0.3, "maths": 0.33, "arithmetic": 0.14, "compare": 0.13},
+            topics={"ocr": 0.12, "vqa": 0.25, "maths": 0.34, "arithmetic": 0.14, "compare": 0.15},
             format="bimode",
             num_steps=480,
             lr_projector=LR,

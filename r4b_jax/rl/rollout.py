@@ -34,7 +34,7 @@ class RolloutBatch:
     batch: Batch
     advantages: Array  # float32[B, T]
     sampler_logps: Array  # float32[B, T], as `generate` gave them
-    is_mode: Array  # bool[B, T], the token after <think>
+    is_mode: Array  # bool[B, T], the token after <think> where the mode was forced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ def pack_rollouts(
                 rollouts.generation.logps[q, r, :length],
                 token_weights(config.bpo, mode, length, num_forced),
                 advantages[q, r],
+                forced=num_forced > 0,
             )
     return packer.batches
 
@@ -149,7 +150,9 @@ class _RolloutPacker:
         self.used += len(prompt.tokens)
         self.tiles += len(prompt.tiles)
 
-    def add_branch(self, prompt: Example, tokens, logps, weights, advantage: float):
+    def add_branch(
+        self, prompt: Example, tokens, logps, weights, advantage: float, *, forced: bool
+    ):
         """One rollout behind the open prompt; if there is no room, behind a copy in a new row."""
         if self.used + len(tokens) > self.config.bpo.packed_len:
             self.used = self.config.bpo.packed_len
@@ -167,7 +170,7 @@ class _RolloutPacker:
         out.batch.loss_weights[row, span] = weights
         out.advantages[row, span] = advantage
         out.sampler_logps[row, span] = logps
-        out.is_mode[row, self.used] = True
+        out.is_mode[row, self.used] = forced
         self.used = span.stop
 
     def _open_row(self):
