@@ -241,13 +241,13 @@ def test_a_checkpoint_gives_back_every_bit_and_the_position(params, tmp_path):
     step, states = jax.jit(lambda s: apply_gradients(s, grads, optimizer)), []
     for position in (11, 22, 33):
         states.append(state := step(state))
-        checkpoints.save(state, position)
+        checkpoints.save(state, {"position": position, "dropped": position // 11})
     checkpoints.close()
 
     again = StageCheckpoints(str(tmp_path))
     assert again.latest == 3
-    restored, position = again.restore(init_state(params, optimizer, trainable(stage)))
-    assert position == 33
+    restored, data = again.restore(init_state(params, optimizer, trainable(stage)))
+    assert data == {"position": 33, "dropped": 3}
     same = jax.tree.map(np.array_equal, restored, states[2])
     assert all(jax.tree.leaves(same)) and len(jax.tree.leaves(same)) > 50
     only = again.restore_params()

@@ -28,18 +28,18 @@ class StageCheckpoints:
         """The newest saved step, or None."""
         return self.manager.latest_step()
 
-    def save(self, state, position: int):
-        """Save a state (a dataclass with a `step`) and the position of the next sample."""
+    def save(self, state, data: dict[str, int]):
+        """Save a state (a dataclass with a `step`) and where the data stands, as counters."""
         self.manager.save(
             int(state.step),
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_as_tree(state)),
-                data=ocp.args.JsonSave({"position": position}),
+                data=ocp.args.JsonSave(data),
             ),
         )
 
     def restore(self, like):
-        """The newest state, shaped like the state `like`, and the position of its next sample."""
+        """The newest state, shaped like the state `like`, and its data counters."""
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _as_tree(like)
         )
@@ -49,7 +49,7 @@ class StageCheckpoints:
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
             ),
         )
-        return type(like)(**restored["state"]), int(restored["data"]["position"])
+        return type(like)(**restored["state"]), dict(restored["data"])
 
     def restore_params(self) -> dict:
         """The newest parameters alone, as numpy arrays."""

@@ -73,7 +73,7 @@ class MetricWriter:
         kept = [
             record
             for record in read_metrics(folder)
-            if record["stage"] != stage or record["step"] <= resume_step
+            if record["stage"] != stage or 0 < resume_step >= record["step"]
         ]
         with open(self.path, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(record) + "\n" for record in kept)

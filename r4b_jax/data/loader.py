@@ -67,11 +67,11 @@ class Loader:
       dropped: samples that fit no empty row, since the start.
     """
 
-    def __init__(self, config: Config, name: str, tokenizer: Tokenizer, position: int = 0):
+    def __init__(self, config: Config, name: str, tokenizer: Tokenizer, position=0, dropped=0):
         self.examples = examples(config, name, tokenizer)
         self.stage, self.vision = getattr(config, name), config.model.vision
         self.pad_id = tokenizer.pad_id
-        self.position, self.dropped = position, 0
+        self.position, self.dropped = position, dropped
 
     def pack(self, position: int) -> tuple[Batch, int, int]:
         """The batch that starts at sample `position`, the next position, and samples dropped."""

@@ -92,7 +92,7 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir) -> TrainSt
             if step % bpo.eval_every == 0 or last:
                 _small_evaluation(config, state.params, tokenizer, questions, writer, step)
             if step % config.checkpoint_every == 0 or last:
-                checkpoints.save(state, step * bpo.num_queries)
+                checkpoints.save(state, {"position": step * bpo.num_queries})
     writer.close()
     return state
 

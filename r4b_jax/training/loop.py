@@ -31,22 +31,23 @@ def run_stage(config: Config, name: str, params: dict, tokenizer: Tokenizer, wor
     """
     stage = getattr(config, name)
     checkpoints = StageCheckpoints(os.path.join(workdir, name))
-    state, position = init_state(params, stage_optimizer(stage), trainable(stage)), 0
+    state = init_state(params, stage_optimizer(stage), trainable(stage))
+    data = {"position": 0, "dropped": 0}
     if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state)
+        state, data = checkpoints.restore(state)
     first = int(state.step)
     if first < stage.num_steps:
         state = jax.tree.map(jnp.array, state)  # a copy of our own: the step donates it
-        state = _train(config, name, state, position, tokenizer, checkpoints, workdir)
+        state = _train(config, name, state, data, tokenizer, checkpoints, workdir)
     checkpoints.close()
     return state.params
 
 
-def _train(config, name, state, position, tokenizer, checkpoints, workdir):
+def _train(config, name, state, data, tokenizer, checkpoints, workdir):
     """The loop itself, from state.step to stage.num_steps."""
     stage, first = getattr(config, name), int(state.step)
     writer = MetricWriter(workdir, name, first)
-    loader = Loader(config, name, tokenizer, position)
+    loader = Loader(config, name, tokenizer, **data)
     batches = iter(loader)
     train_step = make_train_step(config.model, stage)
     clock = time.monotonic()
@@ -55,19 +56,23 @@ def _train(config, name, state, position, tokenizer, checkpoints, workdir):
             batch = next(batches)
             state, metrics = train_step(state, batch)
             last = step == stage.num_steps
-            if step % config.log_every == 0 or last:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            log = step % config.log_every == 0 or last
+            save = step % config.checkpoint_every == 0 or last
+            if log or save:
+                values = {key: float(value) for key, value in jax.device_get(metrics).items()}
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(
                         f"stage {name}, step {step}: the loss is {values['loss']}"
                     )
+            if log:
                 values["seconds"] = time.monotonic() - clock
                 values["dropped"] = loader.dropped
                 values["packed"] = values["tokens"] / batch.tokens.size
                 writer.write(step, values)
                 progress.advance(0, loss=values["loss"])
-            if step % config.checkpoint_every == 0 or last:
-                checkpoints.save(state, loader.position)
+            if save:
+                counters = {"position": loader.position, "dropped": loader.dropped}
+                checkpoints.save(state, counters)
             progress.advance()
     batches.close()
     writer.close()
