@@ -12,9 +12,9 @@ LR = 0.02
 
 
 def stage(**settings) -> c.StageConfig:
-    shape = dict(batch_rows=32, packed_len=192, packed_tiles=5)
+    shape = dict(batch_rows=16, packed_len=192, packed_tiles=5)
     muon = dict(optimizer="muon", adam_lr_ratio=0.2, b2=0.98)
-    return c.StageConfig(**muon, **shape, **settings)
+    return c.StageConfig(**muon, **(shape | settings))
 
 
 def get_config(size: str = "full"):
@@ -43,28 +43,42 @@ def get_config(size: str = "full"):
         world=c.WorldConfig(vocab_size=512, think_share_reasoning=0.38),
         # Stands for Qwen3: a language model that can already read, reason and calculate in text.
         language=stage(
-            topics={"arithmetic": 0.3, "text": 0.2, "facts": 0.15, "words": 0.35},
+            topics={"arithmetic": 0.33, "text": 0.12, "facts": 0.13, "words": 0.42},
             format="thinking",
             length_power=1.0,
-            num_steps=400,
+            num_steps=800,
             lr_language=LR,
             warmup_steps=20,
+        ),
+        # Stands for SigLIP2: a tower that knows what a picture shows.
+        vision=stage(
+            topics={"caption": 1.0},
+            format="direct",
+            objective="caption_words",
+            num_steps=900,
+            batch_rows=128,
+            packed_len=48,
+            packed_tiles=1,
+            lr_projector=LR,
+            lr_vision=LR,
+            warmup_steps=20,
+            final_lr_ratio=0.05,
         ),
         warmup=stage(
             topics={"caption": 1.0},
             format="direct",
             length_power=1.0,
-            num_steps=30,
+            num_steps=40,
             lr_projector=LR,
             warmup_steps=5,
         ),
         alignment=stage(
-            topics={"caption": 0.5, "ocr": 0.2, "vqa": 0.3},
+            topics={"caption": 0.6, "ocr": 0.4},
             format="direct",
             length_power=0.5,
-            num_steps=100,
+            num_steps=150,
             lr_projector=LR,
-            lr_vision=LR,
+            lr_vision=LR / 4,
             warmup_steps=10,
             final_lr_ratio=0.5,
         ),
@@ -72,16 +86,17 @@ def get_config(size: str = "full"):
             topics={
                 "caption": 0.1,
                 "ocr": 0.2,
-                "vqa": 0.4,
+                "vqa": 0.35,
+                "words": 0.05,
                 "facts": 0.15,
                 "maths": 0.05,
                 "compare": 0.1,
             },
             format="direct",
             length_power=0.5,
-            num_steps=200,
+            num_steps=350,
             lr_projector=LR,
-            lr_vision=LR,
+            lr_vision=LR / 4,
             lr_language=LR,
             schedule="constant",
             warmup_steps=10,
@@ -89,23 +104,25 @@ def get_config(size: str = "full"):
         annealing=stage(
             topics={"ocr": 0.12, "vqa": 0.25, "maths": 0.34, "arithmetic": 0.14, "compare": 0.15},
             format="bimode",
-            num_steps=480,
+            num_steps=900,
             lr_projector=LR,
-            lr_vision=LR,
+            lr_vision=LR / 4,
             lr_language=LR,
             warmup_steps=10,
             final_lr_ratio=0.02,
         ),
         # The push on the mode token is constant under "policy", and leaks into topics that need no
-        # thought; the KL ends it where P(think) on maths is about 3/4 (experiments/LOG.md).
+        # thought; the KL ends it where P(think) on maths is about 3/4, and the rate's decay leaves
+        # the rest of the model as it was (experiments/LOG.md).
         bpo=c.BPOConfig(
             topics={"maths": 0.6, "arithmetic": 0.4},
-            num_steps=50,
+            num_steps=40,
             num_queries=16,
             g=8,
             mode_weight=0.3,
-            kl_beta=0.35,
+            kl_beta=0.6,
             learning_rate=1e-4,
+            final_lr_ratio=0.05,
             eval_every=10,
         ),
     )

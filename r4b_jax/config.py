@@ -91,6 +91,9 @@ class StageConfig:
     # paper's stage 3) | "thinking": every answer with its trace
     format: str = "bimode"
     length_power: float = 0.0  # an example's n loss tokens weigh n^-length_power each
+    # "next_token" | "caption_words": a picture as a whole names its caption's words, one picture a
+    # row (stands for the pretraining of the tower)
+    objective: str = "next_token"
     num_steps: int = 0
     batch_rows: int = 1  # packed sequences a batch
     packed_len: int = 256  # tokens a packed sequence
@@ -132,6 +135,7 @@ class BPOConfig:
     clip_eps: float = 0.2
     kl_beta: float = 0.01
     learning_rate: float = 1e-4
+    final_lr_ratio: float = 1.0  # cosine ends at this share of the peak; 1 = constant
     warmup_steps: int = 5
     weight_decay: float = 0.0
     b2: float = 0.95
@@ -149,7 +153,7 @@ class GenerateConfig:
     batch_size: int = 200  # queries at once in evaluation
 
 
-STAGES = ("language", "warmup", "alignment", "joint", "annealing")  # in order; then BPO
+STAGES = ("language", "vision", "warmup", "alignment", "joint", "annealing")  # in order; then BPO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Config:
     language: StageConfig = (
         StageConfig()
     )  # text only; where no pretrained language model is at hand
+    vision: StageConfig = StageConfig()  # the tower alone; where no pretrained tower is at hand
     warmup: StageConfig = StageConfig()  # the paper's stage 1, and so on
     alignment: StageConfig = StageConfig()
     joint: StageConfig = StageConfig()
@@ -318,6 +323,12 @@ def check(config: Config):
             _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
             _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
             _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
+            _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
+            (
+                stage.objective == "next_token" or stage.packed_tiles == 1,
+                f"{name}.packed_tiles must be 1 with objective caption_words, not "
+                f"{stage.packed_tiles}",
+            ),
             (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
             (not runs or bool(stage.topics), f"{name} has no data: give it topics"),
         ]

@@ -12,7 +12,7 @@ from helpers import MODEL, assert_trees_close, one_a_row, questions, with_reply
 from r4b_jax import config as c
 from r4b_jax.common.checkpoint import StageCheckpoints
 from r4b_jax.models import r4b
-from r4b_jax.training.losses import supervised_loss, token_logps
+from r4b_jax.training.losses import caption_words_loss, supervised_loss, token_logps
 from r4b_jax.training.optimizer import bpo_optimizer, schedule, stage_optimizer, trainable
 from r4b_jax.training.step import apply_gradients, init_state, make_train_step
 
@@ -155,15 +155,20 @@ def test_every_setting_of_an_optimizer_changes_its_update(make, field, value):
     assert np.abs(change(**{field: value}) - change()).max() > 1e-5
 
 
-def test_the_bpo_rate_is_constant_after_its_warm_up():
-    """320 steps of a decaying rate would be another recipe than the paper's."""
-    optimizer = bpo_optimizer(c.BPOConfig(learning_rate=1e-2, warmup_steps=2, max_grad_norm=1e9))
-    params = {"x": jnp.zeros(3)}
+@pytest.mark.parametrize(
+    "ratio, expected", [(1.0, [0, 5, 10, 10, 10, 10]), (0.2, [0, 5, 10, 8, 4, 2])]
+)
+def test_the_bpo_rate_is_constant_after_its_warm_up_unless_it_is_to_end_lower(ratio, expected):
+    """Read off Adam's steps on a constant gradient, in thousandths."""
+    settings = c.BPOConfig(
+        learning_rate=1e-2, warmup_steps=2, num_steps=5, final_lr_ratio=ratio, max_grad_norm=1e9
+    )
+    optimizer, params = bpo_optimizer(settings), {"x": jnp.zeros(3)}
     state, sizes = optimizer.init(params), []
-    for _ in range(5):
+    for _ in range(6):
         updates, state = optimizer.update({"x": jnp.ones(3)}, state, params)
-        sizes.append(float(-updates["x"][0]))
-    np.testing.assert_allclose(sizes, [0, 0.005, 0.01, 0.01, 0.01], rtol=1e-4, atol=1e-9)
+        sizes.append(-1e3 * float(updates["x"][0]))
+    np.testing.assert_allclose(sizes, expected, rtol=1e-4, atol=1e-6)
 
 
 # The loss
@@ -207,6 +212,32 @@ def test_the_supervised_loss_is_a_weighted_sum_and_its_weight(batch, params, log
     logps = np.asarray(logps_of(params, batch))
     np.testing.assert_allclose(total, -(logps * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
+
+
+def test_caption_words_are_counted_weighed_by_rarity_and_named_by_the_mean_patch(tokenizer, params):
+    """Worked out again in numpy: a word that every caption has teaches nothing, one said twice
+    counts twice."""
+    captions = [(20, 21, 20, 29), (22, 21, 29), (21, 29)]  # 29 in all: log(3/3) = 0; 21 too
+    with_pictures = [questions()[0], questions()[2], questions()[0]]
+    examples = [with_reply(tokenizer, q, ids) for q, ids in zip(with_pictures, captions)]
+    batch = one_a_row(examples[:2], 56, tokenizer.pad_id)
+    total, rows = jax.jit(lambda p: caption_words_loss(r4b.bind(MODEL, p), batch))(params)
+
+    @jax.jit
+    def head(params):
+        model = r4b.bind(MODEL, params)
+        patches = model.image_features(batch.tiles)[:, :-1]
+        language = model.language_model
+        return jax.nn.log_softmax(language.logits(language.norm(patches.sum(1) / patches.shape[1])))
+
+    logps = np.asarray(head(params))
+    # 20 twice in row 0 and nowhere else, 22 once in row 1 and nowhere else; 21 and 29 in both.
+    np.testing.assert_allclose(total, -(logps[0, 20] + logps[1, 22]), rtol=1e-5)
+    assert rows == 2
+
+    batch = one_a_row(examples, 56, tokenizer.pad_id)
+    total, rows = jax.jit(lambda p: caption_words_loss(r4b.bind(MODEL, p), batch))(params)
+    assert np.isfinite(total) and rows == 3  # the third caption has no word of its own: no target
 
 
 def test_recomputing_layers_changes_neither_loss_nor_gradients(batch, params):

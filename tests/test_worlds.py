@@ -125,6 +125,10 @@ def test_answers_are_those_of_what_is_shown(request, topic, split):
         question = ask(request.getfixturevalue(split), topic, seed)
         shown, _, text = question.text.rpartition("\n")
         caption = question.trace if topic == "vqa" else shown
+        if topic == "words":  # nine words of two kinds, each at least once
+            colour, shape = sorted(set(shown.split()), key=lambda word: word in SHAPES)
+            assert len(shown.split()) == 9 and shape in SHAPES
+            caption = f"a {colour} {shape}"
         if caption.startswith("a "):
             if caption == "a shape":  # easy-VQA never asks for this one's shape or colour
                 continue
@@ -169,7 +173,9 @@ def test_test_handwriting_is_not_in_the_training_pictures(train, test):
     kept = {split: worlds._handwriting(split) for split in ("train", "test")}
     drawn = {split: {x.tobytes() for x in digits} for split, (digits, _) in kept.items()}
     assert not drawn["train"] & drawn["test"]
-    assert (len(drawn["train"]), len(drawn["test"])) == (1400, 397)
+    assert (len(drawn["train"]), len(drawn["test"])) == (1400 * (1 + worlds.VARIANTS), 397)
+    originals = kept["train"][0][:: 1 + worlds.VARIANTS, 1:-1, 1:-1].astype(np.uint8)
+    assert all(digit.tobytes() in drawn_digits() for digit in originals)
     assert min(len(places) for places in kept["test"][1]) > 20
     assert (train.split, test.split) == ("train", "test")
 

@@ -42,6 +42,7 @@ ROWS = ("top", "middle", "bottom")
 PLACES = ("first", "second", "third")
 DIGIT, PICTURE = 16, 48  # pixels a side of a digit and of a picture
 NUM_TEST_DIGITS = 397
+VARIANTS = 9  # forms of each training digit beside the one on file
 SHAPES = ("circle", "rectangle", "triangle")
 # How often training asks each kind of easy-VQA's questions: of pictures, and of the shape in words.
 # "Is there no ..." comes with pictures only: as long as the match itself is not learned, it and its
@@ -54,24 +55,49 @@ KIND_WEIGHTS = {
     "not present": 0.15,  # "is there no ...", and there is one
     "not absent": 0.15,
 }
-TEXT_KIND_WEIGHTS = {"shape": 0.2, "colour": 0.2, "present": 0.3, "absent": 0.3}
+TEXT_KIND_WEIGHTS = {
+    "shape": 0.15,
+    "colour": 0.15,
+    "present": 0.3,
+    "absent": 0.3,
+    "not present": 0.05,
+    "not absent": 0.05,
+}
 
 
 @functools.cache
 def _handwriting(split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """Digits with a dark border of a pixel, float32[n, 18, 18], and the places of each class.
 
-    The split is by handwriting instance and the same for every seed.
+    The split is by handwriting instance and the same for every seed. The training split holds each
+    instance as it is and in VARIANTS slanted, turned and stretched forms.
     """
     data = load_digits()
     order = np.random.default_rng(1797).permutation(len(data.target))
     order = order[:NUM_TEST_DIGITS] if split == "test" else order[NUM_TEST_DIGITS:]
-    digits = np.zeros((len(order), DIGIT + 2, DIGIT + 2), np.float32)
+    copies = 1 + (VARIANTS if split == "train" else 0)
+    digits = np.zeros((len(order), copies, DIGIT + 2, DIGIT + 2), np.float32)
+    rng = np.random.default_rng(1797)
     for place, i in enumerate(order):
         small = Image.fromarray((data.images[i] * 255 / 16).astype(np.uint8))
         large = small.resize((DIGIT, DIGIT), Image.Resampling.BILINEAR)
-        digits[place, 1:-1, 1:-1] = np.asarray(large)
-    return digits, [np.flatnonzero(data.target[order] == digit) for digit in range(10)]
+        for copy in range(copies):
+            digits[place, copy, 1:-1, 1:-1] = np.asarray(_rewritten(large, rng) if copy else large)
+    labels = np.repeat(data.target[order], copies)
+    digits = digits.reshape(-1, *digits.shape[2:])
+    return digits, [np.flatnonzero(labels == digit) for digit in range(10)]
+
+
+def _rewritten(digit: Image.Image, rng) -> Image.Image:
+    """A digit as another hand might write it: a random affine map about its middle."""
+    angle, slant = rng.uniform(-0.2, 0.2, 2)
+    stretch = np.diag(rng.uniform(0.9, 1.15, 2))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[1, slant], [0, 1]]) @ stretch
+    middle = np.full(2, (DIGIT - 1) / 2)
+    offset = middle - matrix @ middle
+    affine = (*matrix[0], offset[0], *matrix[1], offset[1])
+    return digit.transform(digit.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
 
 
 @functools.cache
@@ -200,6 +226,14 @@ def _digits_text(grid) -> str:
     return "".join(map(str, grid.ravel().tolist()))
 
 
+def _shape_text(rng, caption: str) -> str:
+    """Colour and shape as nine words, " red circle red ...", in the places of a picture's patches,
+    each of which may show either."""
+    _, colour, shape = caption.split()
+    chosen = rng.permutation([0, 1, *rng.integers(0, 2, 7)])
+    return "".join(f" {(colour, shape)[i]}" for i in chosen)
+
+
 def _describe(rng, grid) -> tuple[str, str, str]:
     return "Describe the picture.", " ".join(_row_text(grid, row) for row in range(3)), ""
 
@@ -239,7 +273,8 @@ class World:
             caption = self.captions.get(picture)
             if caption is None:
                 return self.question(topic, rng)
-            return Question(topic, None, f"{caption}\n{text}", answer, "")  # known at once
+            text = f"{_shape_text(rng, caption)}\n{text}"
+            return Question(topic, None, text, answer, "")  # known at once
         elif topic == "text":
             text, answer, trace = (_ocr, _compare, _describe)[rng.integers(3)](rng, grid)
         else:

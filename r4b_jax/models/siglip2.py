@@ -1,5 +1,5 @@
-"""SigLIP2 vision tower at a fixed tile size (PAPER.md section 2): every patch's features, no
-pooling."""
+"""SigLIP2 vision tower at a fixed tile size (PAPER.md section 2): every patch's features as the
+last layer leaves them, no pooling. SigLIP2's own final norm and head are not part of R-4B."""
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,6 @@ class SigLIP2(nnx.Module):
         self.layers = LayerStack(
             lambda rngs: EncoderLayer(config, rngs, dtype), config.num_layers, rngs, remat=remat
         )
-        self.post_layernorm = nnx.LayerNorm(
-            config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs
-        )
 
     def __call__(self, tiles: Array) -> Array:
         """Tiles to features.
@@ -62,4 +59,4 @@ class SigLIP2(nnx.Module):
         x = self.patch_embedding(x.reshape(-1, side * side, patch * patch * 3).astype(self.dtype))
         x = x + self.position_embedding[...].astype(self.dtype)
         x, _ = self.layers(x, lambda layer, x, _: (layer(x), None))
-        return self.post_layernorm(x)
+        return x

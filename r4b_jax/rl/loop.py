@@ -141,7 +141,7 @@ def make_update(config: Config, never: tuple[int, ...]):
     def apply(params, opt_state, grads):
         """(new parameters, new optimiser state, gradient norm)."""
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
 
     return gradients, apply
 

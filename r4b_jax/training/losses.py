@@ -42,3 +42,26 @@ def supervised_loss(model: R4B, batch: Batch, chunk: int) -> tuple[Array, Array]
     """Weighted negative log-likelihood of the batch: (sum, weight), float32 scalars."""
     logps = token_logps(model, batch, chunk)
     return -jnp.sum(logps * batch.loss_weights), jnp.sum(batch.loss_weights)
+
+
+def caption_words_loss(model: R4B, batch: Batch) -> tuple[Array, Array]:
+    """How well a picture as a whole names the words of its caption: (sum, pictures), float32
+    scalars.
+
+    Classification of caption tokens (SuperClass, arXiv 2411.03313, section 3): the cross-entropy of
+    a softmax over the vocabulary against the caption's token counts, each times its inverse
+    document frequency log(rows / rows that have it), normalised. The features are the mean of the
+    projected patches, the classifier is the language model's norm and head.
+
+    Args:
+      batch: one picture and its caption a row.
+    """
+    rows = batch.tokens.shape[0]
+    counts = jnp.zeros((rows, model.language_model.config.vocab_size))
+    counts = counts.at[jnp.arange(rows)[:, None], batch.tokens].add(batch.loss_weights > 0)
+    documents = jnp.maximum(jnp.sum(counts > 0, 0), 1)
+    target = counts * jnp.log(rows / documents)
+    target /= jnp.maximum(jnp.sum(target, -1, keepdims=True), 1e-6)
+    features = jnp.mean(model.image_features(batch.tiles)[:, :-1], 1)
+    logps = jax.nn.log_softmax(model.language_model.logits(model.language_model.norm(features)))
+    return -jnp.sum(target * logps), jnp.float32(rows)

@@ -49,10 +49,13 @@ def stage_optimizer(stage: StageConfig) -> optax.GradientTransformation:
 
 
 def bpo_optimizer(bpo: BPOConfig) -> optax.GradientTransformation:
-    """The optimiser of BPO, over all components: constant rate after a warm-up."""
-    warmup = optax.linear_schedule(0.0, bpo.learning_rate, bpo.warmup_steps)
-    rate = optax.join_schedules(
-        [warmup, optax.constant_schedule(bpo.learning_rate)], [bpo.warmup_steps]
+    """The optimiser of BPO, over all components: a warm-up, then cosine to `final_lr_ratio`."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0,
+        bpo.learning_rate,
+        bpo.warmup_steps,
+        max(bpo.num_steps, bpo.warmup_steps + 1),
+        bpo.learning_rate * bpo.final_lr_ratio,
     )
     return optax.chain(optax.clip_by_global_norm(bpo.max_grad_norm), _adamw(rate, bpo))
 

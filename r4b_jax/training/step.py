@@ -10,7 +10,7 @@ import optax
 from r4b_jax.common.arrays import Array, Batch
 from r4b_jax.config import ModelConfig, StageConfig
 from r4b_jax.models import r4b
-from r4b_jax.training.losses import supervised_loss
+from r4b_jax.training.losses import caption_words_loss, supervised_loss
 from r4b_jax.training.optimizer import stage_optimizer, trainable
 
 
@@ -49,14 +49,17 @@ def make_train_step(config: ModelConfig, stage: StageConfig):
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         def loss_fn(trained: dict):
             model = r4b.bind(config, state.params | trained)
-            total, weight = supervised_loss(model, batch, config.loss_chunk)
+            if stage.objective == "caption_words":
+                total, weight = caption_words_loss(model, batch)
+            else:
+                total, weight = supervised_loss(model, batch, config.loss_chunk)
             return total / jnp.maximum(weight, 1e-6)
 
         trained = {name: state.params[name] for name in names}
         loss, grads = jax.value_and_grad(loss_fn)(trained)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "loss_tokens": jnp.sum(batch.loss_weights > 0),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
