@@ -17,6 +17,7 @@ setup(
         'flax>=0.12.8; python_version < "3.12"',
         'flax>=0.12.9; python_version >= "3.12"',
         "grain>=0.2.18",
+        "jinja2",  # the chat templates of checkpoints
         "jax>=0.10.2",
         "matplotlib",
         "ml_collections>=1.1",
@@ -25,6 +26,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow",
         "rich",
+        "safetensors>=0.5",
         "scikit-learn",  # the handwritten digits
         "tensorboardX",
         "tokenizers>=0.22",
@@ -32,6 +34,17 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["hypothesis", "ipykernel", "nbclient", "nbformat", "pre-commit", "pytest", "ruff"],
+        "dev": [
+            "hypothesis",
+            "ipykernel",
+            "nbclient",
+            "nbformat",
+            "pre-commit",
+            "pytest",
+            "ruff",
+            # What the parity tests compare with; also for `python -m r4b_jax.convert check`.
+            "torch==2.13.0",
+            "transformers>=5.23",
+        ],
     },
 )

@@ -24,7 +24,13 @@ def get_config(size: str = "full"):
         name="tiny",
         model=c.ModelConfig(
             vision=c.VisionConfig(
-                image_size=48, patch_size=16, width=96, num_layers=2, num_heads=6, mlp_dim=192
+                image_size=48,
+                patch_size=16,
+                width=96,
+                num_layers=2,
+                num_heads=6,
+                mlp_dim=192,
+                grid_pinpoints=(),  # one tile a picture
             ),
             language=c.LanguageConfig(
                 vocab_size=512,

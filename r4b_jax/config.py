@@ -32,17 +32,20 @@ class VisionConfig:
     num_heads: int = 16
     mlp_dim: int = 4304
     norm_eps: float = 1e-6
-    pool: int = 1  # an image token mixes pool x pool patches; 1, as in R-4B, mixes none
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue, as shares of 255
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    # AnyRes: the (height, width) in pixels that a grid of tiles may have; () = one tile a picture,
+    # with no newline after it.
+    grid_pinpoints: tuple[tuple[int, ...], ...] = tuple(
+        (384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)
+    )
+    # A grid of more feature rows than this many tiles have is scaled down ("anyres_max_9").
+    max_grid_tiles: int = 9
 
     @property
     def num_patches(self) -> int:
         """Feature rows a tile gives: (image_size // patch_size) squared."""
         return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image tokens a tile gives in the sequence."""
-        return (self.image_size // self.patch_size // self.pool) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +61,14 @@ class LanguageConfig:
     mlp_dim: int = 9728
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
+    tied_head: bool = True  # the head is the embedding table
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
+    projector_norm: bool = True  # R-4B's LayerNorm before the projector; LLaVA-OneVision has none
     projector_norm_eps: float = 1e-6
     compute_dtype: str = "bfloat16"  # of activations; parameters are always float32
     remat: bool = True  # recompute each layer in the backward pass
@@ -160,6 +165,7 @@ STAGES = ("language", "vision", "warmup", "alignment", "joint", "annealing")  # 
 class Config:
     name: str = "run"  # names the default work folder and the report
     seed: int = 0
+    init_from: str = ""  # folder of a converted checkpoint to start from; "" = random weights
     model: ModelConfig = ModelConfig()
     world: WorldConfig = WorldConfig()
     language: StageConfig = (
@@ -254,6 +260,10 @@ def _convert(kind, value, path: str):
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is dict:
         _expect_group(value, path)
         return {k: _convert(kind.__args__[1], v, f"{path}.{k}") for k, v in dict(value).items()}
+    if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ConfigError(f"{path} takes a tuple, not {value!r}")
+        return tuple(_convert(kind.__args__[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
@@ -300,15 +310,19 @@ def check(config: Config):
             f"generate.max_new_tokens ({new_len})",
         ),
         (
-            vision.num_image_tokens < prompt_len,
+            vision.num_patches < prompt_len,
             f"generate.prompt_len ({prompt_len}) must hold a picture's "
-            f"{vision.num_image_tokens} tokens and the question",
+            f"{vision.num_patches} tokens and the question",
         ),
         (
-            vision.pool in (1, 2) and vision.image_size // vision.patch_size % vision.pool == 0,
-            f"model.vision.pool is 1, or 2 where a tile's side is an even number of patches, not "
-            f"{vision.pool}",
+            all(
+                len(point) == 2 and min(point) > 0 and not any(n % vision.image_size for n in point)
+                for point in vision.grid_pinpoints
+            ),
+            f"model.vision.grid_pinpoints are (height, width) in whole tiles of "
+            f"{vision.image_size} pixels, not {vision.grid_pinpoints}",
         ),
+        _at_least("model.vision.max_grid_tiles", vision.max_grid_tiles, 1),
         (
             config.world.vocab_size <= language.vocab_size,
             f"world.vocab_size ({config.world.vocab_size}) must not exceed "
@@ -325,9 +339,10 @@ def check(config: Config):
             _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
             _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
             (
-                stage.objective == "next_token" or stage.packed_tiles == 1,
-                f"{name}.packed_tiles must be 1 with objective caption_words, not "
-                f"{stage.packed_tiles}",
+                stage.objective == "next_token"
+                or (stage.packed_tiles == 1 and not vision.grid_pinpoints),
+                f"{name}.objective caption_words takes one tile a row: {name}.packed_tiles = 1 and "
+                "model.vision.grid_pinpoints = ()",
             ),
             (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
             (not runs or bool(stage.topics), f"{name} has no data: give it topics"),

@@ -49,18 +49,13 @@ def run(config: Config, workdir: str) -> dict:
         report.show(content, workdir)
         return content
 
-    import jax
-
-    from r4b_jax.data.worlds import world_tokenizer
     from r4b_jax.evaluation.evaluate import evaluate_once
-    from r4b_jax.models import r4b
     from r4b_jax.rl.loop import run_bpo
     from r4b_jax.training.loop import run_stage
 
     clock = report.StageClock(workdir)
     with clock("preparation"):
-        tokenizer = world_tokenizer(config.world, workdir)
-        params = r4b.init(config.model, jax.random.key(config.seed))
+        tokenizer, params = _beginning(config, workdir)
     for name in STAGES:
         if getattr(config, name).num_steps > 0:
             with clock(name):
@@ -73,6 +68,43 @@ def run(config: Config, workdir: str) -> dict:
         with clock("evaluation"):
             evaluate_once(config, params, tokenizer, workdir, "after")
     return report.write(config, workdir, clock.seconds)
+
+
+def _beginning(config: Config, workdir: str):
+    """Tokenizer and parameters before the first stage: the checkpoint's, or the world's and random.
+
+    Raises:
+      ConfigError: the checkpoint's model is not `config.model`; the message names what differs.
+    """
+    import jax
+
+    from r4b_jax.common.checkpoint import model_sizes, restore_model
+    from r4b_jax.data.worlds import world_tokenizer
+    from r4b_jax.decoding.chat import talk
+    from r4b_jax.models import r4b
+
+    if not config.init_from:
+        tokenizer = world_tokenizer(config.world, workdir)
+        return tokenizer, r4b.init(config.model, jax.random.key(config.seed))
+    if not os.path.exists(os.path.join(config.init_from, "model.json")):
+        raise ConfigError(
+            f"config.init_from: {config.init_from} is no converted checkpoint; make one with "
+            "python -m r4b_jax.convert import"
+        )
+    ours, theirs = (
+        json.loads(to_config_dict(model).to_json())
+        for model in (config.model, model_sizes(config.init_from))
+    )
+    free = {f"config.model.{name}" for name in ("compute_dtype", "remat", "loss_chunk")}
+    changed = sorted(set(_differences(ours, theirs, "config.model")) - free)
+    if changed:
+        raise ConfigError(f"{config.init_from} holds another model: {', '.join(changed)} differ")
+    tokenizer, _, _ = talk(os.path.join(config.init_from, "hugging_face"))
+    tokenizer.save(workdir)
+    shapes = jax.eval_shape(lambda: r4b.init(config.model, jax.random.key(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return tokenizer, restore_model(config.init_from, shapes)[1]
 
 
 def claim(config: Config, workdir: str):

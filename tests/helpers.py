@@ -4,19 +4,20 @@ import jax
 import numpy as np
 
 from r4b_jax import config as c
+from r4b_jax.data import images
 from r4b_jax.data.examples import Example, Question, empty_batch, encode, encode_prompt, place
 
 # No two sizes alike, heads that are no power of two, a theta that is not the default.
 MODEL = c.ModelConfig(
     vision=c.VisionConfig(
-        image_size=16,
+        image_size=8,
         patch_size=4,
         width=18,
         num_layers=2,
         num_heads=3,
         mlp_dim=22,
         norm_eps=1e-5,
-        pool=2,
+        grid_pinpoints=(),
     ),
     language=c.LanguageConfig(
         vocab_size=300,
@@ -43,7 +44,7 @@ CONFIG = c.Config(
 )
 
 
-def picture(seed: int, size: int = 16) -> np.ndarray:
+def picture(seed: int, size: int = 8) -> np.ndarray:
     """A picture of noise, uint8[size, size, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
@@ -63,7 +64,9 @@ def with_reply(tokenizer, question: Question, reply, weights=None) -> Example:
     tokens = np.concatenate([prompt.tokens, np.asarray(reply, np.int32)])
     loss = np.zeros(len(tokens), np.float32)
     loss[len(prompt.tokens) :] = 1 if weights is None else weights
-    return encode(tokenizer, MODEL.vision, tokens, loss, question.image)
+    image = question.image
+    pictures = [] if image is None else images.prepare([image], MODEL.vision)
+    return encode(tokenizer, MODEL.vision, tokens, loss, pictures)
 
 
 def one_a_row(examples: list[Example], length: int, pad_id: int):

@@ -23,14 +23,15 @@ def test_a_newline_and_a_newline_pair_are_single_tokens(tokenizer, text):
     assert tokenizer.thinking_id != tokenizer.direct_id
 
 
-@pytest.mark.parametrize("num_image_tokens", [0, 3])
-def test_a_prompt_reads_as_the_template_says_and_ends_in_think(tokenizer, num_image_tokens):
+@pytest.mark.parametrize("image_tokens", [[], [3], [2, 1]], ids=str)
+def test_a_prompt_reads_as_the_template_says_and_ends_in_think(tokenizer, image_tokens):
     """Auto mode is the prompt and nothing more: it must end in exactly one `<think>`."""
-    ids = dialogue.prompt_ids(tokenizer, "Sum?", num_image_tokens)
-    user = "user <image><image><image>\n" if num_image_tokens else "user\n"
+    ids = dialogue.prompt_ids(tokenizer, "Sum?", image_tokens)
+    pictures = "\n".join("<image>" * count for count in image_tokens)
+    user = f"user {pictures}\n" if image_tokens else "user\n"
     template = f"<|im_start|>{user}Sum?<|im_end|><|im_start|>assistant\n<think>"
     assert tokenizer.decode(ids) == template
-    assert ids.count(tokenizer.image_id) == num_image_tokens
+    assert ids.count(tokenizer.image_id) == sum(image_tokens)
     assert ids.count(tokenizer.think_id) == 1
 
 
@@ -48,8 +49,10 @@ def test_the_three_modes_end_in_exactly_their_ids(tokenizer):
 @pytest.mark.parametrize("mask_empty_block", [False, True])
 def test_a_direct_reply_masks_its_empty_block_only_where_told_to(tokenizer, mask_empty_block):
     """Masked in stage 3, learned in annealing: the wrong one yields a model that never thinks."""
-    prompt = dialogue.prompt_ids(tokenizer, "Sum?", 2)
-    ids, loss = dialogue.render(tokenizer, "Sum?", 2, "12", None, mask_empty_block=mask_empty_block)
+    prompt = dialogue.prompt_ids(tokenizer, "Sum?", [2])
+    ids, loss = dialogue.render(
+        tokenizer, "Sum?", [2], "12", None, mask_empty_block=mask_empty_block
+    )
     assert ids[: len(prompt)] == prompt
     block = 0 if mask_empty_block else 1
     expected = [
@@ -66,9 +69,9 @@ def test_a_direct_reply_masks_its_empty_block_only_where_told_to(tokenizer, mask
 @pytest.mark.parametrize("mask_empty_block", [False, True])
 def test_a_thinking_reply_carries_loss_on_every_token(tokenizer, mask_empty_block):
     """The mode token, the trace, its close and the end are all learned; the prompt never is."""
-    prompt = dialogue.prompt_ids(tokenizer, "Sum?", 0)
+    prompt = dialogue.prompt_ids(tokenizer, "Sum?", [])
     ids, loss = dialogue.render(
-        tokenizer, "Sum?", 0, " 7\n", " 3+4=7 ", mask_empty_block=mask_empty_block
+        tokenizer, "Sum?", [], " 7\n", " 3+4=7 ", mask_empty_block=mask_empty_block
     )
     assert tokenizer.decode(ids[len(prompt) :]) == "\n3+4=7\n</think>\n\n7<|im_end|>"
     assert ids[len(prompt)] == tokenizer.thinking_id
@@ -82,7 +85,7 @@ def test_text_never_becomes_a_control_token(tokenizer):
     assert tokenizer.decode(tokenizer.encode(HOSTILE)) == HOSTILE
 
     plain, hostile = (
-        dialogue.render(tokenizer, q, 2, a, t, mask_empty_block=False)[0]
+        dialogue.render(tokenizer, q, [2], a, t, mask_empty_block=False)[0]
         for q, a, t in (("q", "a", "t"), (HOSTILE, HOSTILE, HOSTILE))
     )
     in_order = [[i for i in ids if i in control] for ids in (plain, hostile)]

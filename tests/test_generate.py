@@ -10,9 +10,10 @@ from helpers import MODEL, one_a_row, questions, with_reply
 from r4b_jax.data import dialogue
 from r4b_jax.data.examples import encode_prompt
 from r4b_jax.decoding.generate import Ids, forced_array, generate, pad_prompts
-from r4b_jax.decoding.sampling import choose
+from r4b_jax.decoding.sampling import Sampling, choose
 
 PROMPT_LEN, NEW = 44, 8
+PATCHES = MODEL.vision.num_patches
 MODES = dialogue.MODES
 
 
@@ -39,11 +40,18 @@ def run(prompts, forced, ids, tokenizer):
     """(params, temperature) -> the three prompts answered in the three modes."""
 
     def run(params, temperature, seed=5, padded=None):
-        padded = padded or pad_prompts(prompts, PROMPT_LEN, tokenizer.pad_id)
+        padded = padded or pad_prompts(prompts, PROMPT_LEN, tokenizer.pad_id, PATCHES)
         keys = jax.random.split(jax.random.key(seed), (3, 3))
         array = forced_array(forced, 3)
         out = generate(
-            MODEL, params, padded, array, keys, ids, max_new_tokens=NEW, temperature=temperature
+            MODEL,
+            params,
+            padded,
+            array,
+            keys,
+            ids,
+            max_new_tokens=NEW,
+            sampling=Sampling.of(temperature),
         )
         return jax.device_get(out)
 
@@ -139,12 +147,12 @@ def test_a_rollouts_samples_do_not_depend_on_its_neighbours(
         alone = generate(
             MODEL,
             params,
-            pad_prompts([prompts[q]], PROMPT_LEN, tokenizer.pad_id),
+            pad_prompts([prompts[q]], PROMPT_LEN, tokenizer.pad_id, PATCHES),
             forced_array([forced[r]], 1),
             keys[q : q + 1, r : r + 1],
             ids,
             max_new_tokens=NEW,
-            temperature=1.0,
+            sampling=Sampling.of(1.0),
         )
         np.testing.assert_array_equal(alone.tokens[0, 0], sampled.tokens[q, r])
         np.testing.assert_allclose(alone.logps[0, 0], sampled.logps[q, r], atol=3e-5)
@@ -204,7 +212,7 @@ def test_what_stands_in_the_padding_of_prompts_changes_nothing(
     run, greedy, params, prompts, tokenizer
 ):
     """Prompts of a batch differ in length: the places after them must be out of sight."""
-    padded = pad_prompts(prompts, PROMPT_LEN, tokenizer.pad_id)
+    padded = pad_prompts(prompts, PROMPT_LEN, tokenizer.pad_id, PATCHES)
     noise = np.random.default_rng(0).integers(6, 290, padded.tokens.shape)
     real = np.arange(PROMPT_LEN) < padded.lengths[:, None]
     dirty = dataclasses.replace(padded, tokens=np.where(real, padded.tokens, noise).astype("int32"))
@@ -215,7 +223,7 @@ def test_what_stands_in_the_padding_of_prompts_changes_nothing(
 
 def test_the_length_prompts_are_padded_to_changes_nothing(run, greedy, params, prompts, tokenizer):
     """Buckets of other lengths must give the same answers."""
-    out = run(params, 0.0, padded=pad_prompts(prompts, PROMPT_LEN + 7, tokenizer.pad_id))
+    out = run(params, 0.0, padded=pad_prompts(prompts, PROMPT_LEN + 7, tokenizer.pad_id, PATCHES))
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
     np.testing.assert_allclose(out.logps, greedy.logps, atol=3e-5)
 
@@ -223,7 +231,7 @@ def test_the_length_prompts_are_padded_to_changes_nothing(run, greedy, params, p
 def test_a_prompt_that_is_too_long_is_refused(prompts, tokenizer):
     """Cutting it would ask another question."""
     with pytest.raises(ValueError, match="prompt_len = 20"):
-        pad_prompts(prompts, 20, tokenizer.pad_id)
+        pad_prompts(prompts, 20, tokenizer.pad_id, PATCHES)
 
 
 def test_choosing_follows_the_distribution_at_any_temperature():
@@ -231,9 +239,9 @@ def test_choosing_follows_the_distribution_at_any_temperature():
     logits = np.log(np.array([[0.5, 0.3, 0.2]], np.float32)).repeat(4000, 0)
     keys = jax.random.split(jax.random.key(0), 4000)
     for temperature, expected in ((1.0, [0.5, 0.3, 0.2]), (0.5, [25 / 38, 9 / 38, 4 / 38])):
-        tokens, logps = choose(logits, keys, temperature)
+        tokens, logps = choose(logits, keys, Sampling.of(temperature))
         np.testing.assert_allclose(np.bincount(tokens) / 4000, expected, atol=0.03)
         np.testing.assert_allclose(np.exp(logps), np.array(expected)[tokens], rtol=1e-5)
-    tokens, logps = choose(logits, keys, 0.0)
+    tokens, logps = choose(logits, keys, Sampling.of())
     assert not tokens.any()
     np.testing.assert_allclose(np.exp(logps), 0.5, rtol=1e-5)

@@ -9,7 +9,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "r4b_jax").rglob("*.py"))
 # A room imports from itself and from those before it.
 ROOMS = (
-    "__init__",
     "config",
     "common",
     "models",
@@ -19,6 +18,9 @@ ROOMS = (
     "training",
     "rl",
     "main",
+    "convert",
+    "chat",
+    "__init__",
 )
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 450
 LOOPS = {"training/loop.py", "rl/loop.py"}

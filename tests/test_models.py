@@ -15,7 +15,7 @@ from r4b_jax.models.attention import attend, attend_shared_prefix, packed_mask, 
 from r4b_jax.models.layers import RMSNorm
 from r4b_jax.training.losses import token_logps
 
-PATCHES, PICTURE_TOKENS = MODEL.vision.num_patches, MODEL.vision.num_image_tokens
+PATCHES = MODEL.vision.num_patches
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +160,9 @@ def test_image_tokens_take_their_features_and_not_their_embedding(batch, params,
     np.testing.assert_array_equal(table[0, -1], params["image_newline"])
     x = np.asarray(model.embed(batch.tokens, batch.tiles, batch.plan))
     places = batch.tokens == tokenizer.image_id
-    assert places.sum(1).tolist() == [PICTURE_TOKENS, 0, PICTURE_TOKENS]
+    assert places.sum(1).tolist() == [PATCHES, 0, PATCHES]
     for row in (0, 2):
-        squares = table[row, :-1].reshape(2, 2, 2, 2, -1)  # row, row in it, column, column in it
-        means = squares.mean((1, 3)).reshape(PICTURE_TOKENS, -1)
-        np.testing.assert_allclose(x[row][places[row]], means, atol=1e-5)
+        np.testing.assert_allclose(x[row][places[row]], table[row, :-1], atol=1e-5)
     embedding = np.asarray(params["language_model"]["embed_tokens"])
     np.testing.assert_array_equal(x[~places], embedding[batch.tokens[~places]])
 
@@ -175,10 +173,10 @@ def test_patches_are_counted_in_rows_from_the_top_left(params):
     alone = tower | {"layers": jax.tree.map(jnp.zeros_like, tower["layers"])}  # no patch mixes
     model = r4b.bind(MODEL, params | {"vision_tower": alone})
     tiles = np.stack([picture(1)] * 2)
-    tiles[1, 4:8, 12:16] = 255 - tiles[1, 4:8, 12:16]  # second row, fourth column
+    tiles[1, 4:8, 0:4] = 255 - tiles[1, 4:8, 0:4]  # second row, first column
     before, after = np.asarray(jax.jit(model.vision_tower)(tiles))
     changed = np.flatnonzero(np.any(before != after, -1))
-    assert changed.tolist() == [1 * 4 + 3]
+    assert changed.tolist() == [1 * 2 + 0]
 
 
 def test_a_plan_mixes_features_by_its_weights_and_reaches_the_newline(batch, params):
@@ -187,7 +185,7 @@ def test_a_plan_mixes_features_by_its_weights_and_reaches_the_newline(batch, par
     table = np.asarray(model.image_features(jnp.asarray(batch.tiles)))
     index, weight = batch.plan.index.copy(), batch.plan.weight.copy()
     place = int(np.flatnonzero(weight[0, :, 0])[0])
-    index[0, place], weight[0, place] = [2, 5, 7, PATCHES], [0.1, 0.2, 0.3, 0.4]
+    index[0, place], weight[0, place] = [2, 0, 3, PATCHES], [0.1, 0.2, 0.3, 0.4]
     plan = dataclasses.replace(batch.plan, index=index, weight=weight)
     x = np.asarray(model.embed(batch.tokens, batch.tiles, plan))
     np.testing.assert_allclose(x[0, place], weight[0, place] @ table[0][index[0, place]], atol=1e-5)
@@ -233,14 +231,17 @@ def test_parameters_of_the_full_model_have_the_papers_number():
 SHAPE, OUTPUT, PROGRAM = "shapes of the parameters", "log-probabilities", "the compiled program"
 PROMPT = "image tokens of a prompt"
 CHANGES = {
-    "vision.image_size": (20, SHAPE),
-    "vision.patch_size": (6, SHAPE),
+    "vision.image_size": (12, SHAPE),
+    "vision.patch_size": (8, SHAPE),
     "vision.width": (21, SHAPE),
     "vision.num_layers": (3, SHAPE),
     "vision.num_heads": (2, OUTPUT),
     "vision.mlp_dim": (23, SHAPE),
     "vision.norm_eps": (0.3, OUTPUT),
-    "vision.pool": (1, PROMPT),
+    "vision.image_mean": ((0.4, 0.5, 0.5), OUTPUT),
+    "vision.image_std": ((0.5, 0.5, 0.3), OUTPUT),
+    "vision.grid_pinpoints": (((8, 16),), PROMPT),
+    "vision.max_grid_tiles": (1, PROMPT),
     "language.vocab_size": (301, SHAPE),
     "language.width": (22, SHAPE),
     "language.num_layers": (3, SHAPE),
@@ -250,6 +251,8 @@ CHANGES = {
     "language.mlp_dim": (28, SHAPE),
     "language.rope_theta": (900.0, OUTPUT),
     "language.norm_eps": (0.3, OUTPUT),
+    "language.tied_head": (False, SHAPE),
+    "projector_norm": (False, SHAPE),
     "projector_norm_eps": (0.3, OUTPUT),
     "compute_dtype": ("bfloat16", OUTPUT),
     "remat": (True, PROGRAM),
@@ -279,8 +282,10 @@ def test_every_field_of_the_model_changes_something(name, batch, params, tokeniz
     value, what = CHANGES[name]
     config = changed(name, value)
     if what is PROMPT:
-        prompts = [encode_prompt(tokenizer, m.vision, questions()[0]) for m in (MODEL, config)]
-        assert len(prompts[1].tokens) - len(prompts[0].tokens) == 16 - 4
+        grid = dataclasses.replace(MODEL.vision, grid_pinpoints=((16, 16),))
+        vision = dataclasses.replace(grid, **{name.split(".")[1]: value})
+        prompts = [encode_prompt(tokenizer, v, questions()[0]) for v in (grid, vision)]
+        assert len(prompts[0].tokens) != len(prompts[1].tokens)
         return
     if what is SHAPE:
         shapes = [

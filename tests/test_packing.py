@@ -122,29 +122,22 @@ def test_pictures_and_placeholders_must_agree(tokenizer):
     """One image token too few would shift every patch of the picture unseen."""
     tokens = [tokenizer.image_id] * 3
     with pytest.raises(ValueError, match="3 image tokens for 4"):
-        encode(tokenizer, VISION, tokens, np.zeros(3), picture(0))
-    with pytest.raises(ValueError, match="no image"):
-        encode(tokenizer, VISION, tokens, np.zeros(3), None)
+        encode(tokenizer, VISION, tokens, np.zeros(3), images.prepare([picture(0)], VISION))
+    with pytest.raises(ValueError, match="for 0"):
+        encode(tokenizer, VISION, tokens, np.zeros(3), [])
 
 
 def test_a_picture_of_another_size_is_scaled_and_of_the_right_size_untouched():
     """The model's tile is what the config says, whatever the data's size."""
-    np.testing.assert_array_equal(images.tile_image(picture(1), VISION)[0][0], picture(1))
+    (prepared,) = images.prepare([picture(1)], VISION)
+    np.testing.assert_array_equal(prepared.tiles[0], picture(1))
+    assert prepared.index.tolist() == [[i, 0, 0, 0] for i in range(VISION.num_patches)]
+    assert prepared.weight.tolist() == [[1, 0, 0, 0]] * VISION.num_patches
     halves = np.zeros((30, 48, 3), np.uint8)
     halves[:, 24:] = 200
-    scaled = images.tile_image(halves, VISION)[0][0]
-    assert scaled.shape == (16, 16, 3)
-    assert scaled[:, :6].max() < 20 and scaled[:, 10:].min() > 180
-
-
-def test_the_plan_of_a_tile_reads_it_row_by_row_and_pools_neighbours():
-    """Four patches by four, by hand: pooled tokens are the means of squares, not of runs."""
-    _, index, weight = images.tile_image(picture(1), VISION)
-    assert index.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert (weight == 0.25).all()
-    _, index, weight = images.tile_image(picture(1), dataclasses.replace(VISION, pool=1))
-    assert index.tolist() == [[i, 0, 0, 0] for i in range(16)]
-    assert weight.tolist() == [[1, 0, 0, 0]] * 16
+    (scaled,) = images.prepare([halves], VISION)
+    assert scaled.tiles.shape == (1, 8, 8, 3)
+    assert scaled.tiles[0, :, :3].max() < 20 and scaled.tiles[0, :, 5:].min() > 180
 
 
 @pytest.mark.parametrize("power, total", [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
@@ -222,6 +215,12 @@ def test_every_sample_is_used_once_in_order_or_dropped_and_counted(tokenizer):
         for segment in range(1, batch.segment_ids[row].max() + 1)
     ]
     assert sorted(segments) == sorted(tuple(e.tokens) for e in fitting)
+
+
+def test_rows_that_no_sample_fits_stop_the_stage_instead_of_hanging_it(tokenizer):
+    """An endless stream of samples that are all too long would be searched for ever."""
+    with pytest.raises(ValueError, match=r"packed_len \(9\)"):
+        take(loader(tokenizer, packed_len=9), 1)
 
 
 def source_config(**changes) -> c.Config:

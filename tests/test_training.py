@@ -281,6 +281,8 @@ def test_a_checkpoint_gives_back_every_bit_and_the_position(params, tmp_path):
     assert data == {"position": 33, "dropped": 3}
     same = jax.tree.map(np.array_equal, restored, states[2])
     assert all(jax.tree.leaves(same)) and len(jax.tree.leaves(same)) > 50
+    from_numpy, _ = again.restore(jax.device_get(states[0]))  # placed on the default device
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, from_numpy, states[2])))
     only = again.restore_params()
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, only, states[2].params)))
     again.close()

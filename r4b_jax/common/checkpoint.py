@@ -1,12 +1,17 @@
-"""Save and restore a stage: parameters, optimiser state, step, and the position in the data
-(Orbax)."""
+"""Save and restore (Orbax): a stage with its optimiser, step and position in the data; and a model
+alone, with its sizes."""
 
 import dataclasses
+import json
 import os
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from r4b_jax.config import ModelConfig, from_config_dict, to_config_dict
+
+MODEL_FILE = "model.json"
 
 
 class StageCheckpoints:
@@ -39,9 +44,14 @@ class StageCheckpoints:
         )
 
     def restore(self, like):
-        """The newest state, shaped like the state `like`, and its data counters."""
+        """The newest state, shaped and placed like the state `like` (numpy's arrays: on the default
+        device), and its data counters."""
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _as_tree(like)
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", device)
+            ),
+            _as_tree(like),
         )
         restored = self.manager.restore(
             self.latest,
@@ -65,3 +75,37 @@ class StageCheckpoints:
 def _as_tree(state) -> dict:
     """The fields of a dataclass, not copied."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def save_model(folder: str, config: ModelConfig, params: dict):
+    """A model on its own: `folder`/params and `folder`/model.json, the latter last, when all is
+    there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(os.path.join(os.path.abspath(folder), "params"), params)
+        checkpointer.wait_until_finished()
+    with open(os.path.join(folder, MODEL_FILE), "w", encoding="utf-8") as f:
+        f.write(to_config_dict(config).to_json(indent=1))
+
+
+def model_sizes(folder: str) -> ModelConfig:
+    """The sizes of a model that `save_model` wrote."""
+    with open(os.path.join(folder, MODEL_FILE), encoding="utf-8") as f:
+        return from_config_dict(ModelConfig, json.load(f))
+
+
+def restore_model(folder: str, abstract: dict | None = None) -> tuple[ModelConfig, dict]:
+    """A model that `save_model` wrote: its sizes and its parameters.
+
+    Args:
+      abstract: ShapeDtypeStructs with the dtypes and shardings wanted; None = as they were saved,
+        on the default device.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = os.path.join(os.path.abspath(folder), "params")
+        if abstract is None:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                checkpointer.metadata(path).item_metadata.tree,
+            )
+        return model_sizes(folder), checkpointer.restore(path, abstract)

@@ -31,14 +31,18 @@ class Reply:
     num_tokens: int
 
 
-def prompt_ids(tokenizer: Tokenizer, question: str, num_image_tokens: int) -> list[int]:
-    """The prompt up to and including `<think>`, the same for all three modes."""
+def prompt_ids(tokenizer: Tokenizer, question: str, image_tokens: list[int]) -> list[int]:
+    """The prompt up to and including `<think>`, the same for all three modes.
+
+    Args:
+      image_tokens: how many image tokens each picture takes; [] = no picture.
+    """
     ids = [tokenizer.control("<|im_start|>")]
-    if num_image_tokens:
-        ids += tokenizer.encode("user ") + [tokenizer.image_id] * num_image_tokens
-        ids += tokenizer.encode("\n" + question)
-    else:
-        ids += tokenizer.encode("user\n" + question)
+    before = "user " if image_tokens else "user"
+    for count in image_tokens:
+        ids += tokenizer.encode(before) + [tokenizer.image_id] * count
+        before = "\n"
+    ids += tokenizer.encode(f"{'' if image_tokens else before}\n{question}")
     ids += [tokenizer.end_id, tokenizer.control("<|im_start|>")]
     return ids + tokenizer.encode("assistant\n") + [tokenizer.think_id]
 
@@ -61,7 +65,7 @@ def reply_ids(tokenizer: Tokenizer, answer: str, thought: str | None) -> list[in
     return ids + tokenizer.encode("\n\n" + answer.strip()) + [tokenizer.end_id]
 
 
-def render(tokenizer, question, num_image_tokens, answer, thought, *, mask_empty_block: bool):
+def render(tokenizer, question, image_tokens, answer, thought, *, mask_empty_block: bool):
     """A training sequence: ids, and 1 where the prediction of an id carries loss.
 
     The prompt carries none. With `mask_empty_block` (stage 3: the language model's own reasoning
@@ -71,7 +75,7 @@ def render(tokenizer, question, num_image_tokens, answer, thought, *, mask_empty
     Returns:
       (ids list[int], loss float32[len(ids)]).
     """
-    prompt = prompt_ids(tokenizer, question, num_image_tokens)
+    prompt = prompt_ids(tokenizer, question, image_tokens)
     reply = reply_ids(tokenizer, answer, thought)
     loss = np.ones(len(prompt) + len(reply), np.float32)
     loss[: len(prompt)] = 0
@@ -87,9 +91,10 @@ def split_reply(tokenizer: Tokenizer, ids) -> Reply:
     ended = tokenizer.end_id in ids
     if ended:
         ids = ids[: ids.index(tokenizer.end_id) + 1]
-    if not ended or tokenizer.end_think_id not in ids:
-        thought = tokenizer.decode(ids).strip() if thinks else None
+    closed = tokenizer.end_think_id in ids
+    close = ids.index(tokenizer.end_think_id) if closed else len(ids)
+    if not ended or not closed:
+        thought = tokenizer.decode(ids[:close]).strip() if thinks else None
         return Reply(thought, None, thinks, len(ids))
-    close = ids.index(tokenizer.end_think_id)
     thought = tokenizer.decode(ids[:close]).strip() or None
     return Reply(thought, tokenizer.decode(ids[close + 1 : -1]).strip(), thinks, len(ids))

@@ -33,28 +33,35 @@ class Example:
     tokens: np.ndarray  # int32[n]
     loss_weights: np.ndarray  # float32[n]
     tiles: np.ndarray  # uint8[i, image_size, image_size, 3]
-    plan_index: np.ndarray  # int32[n, 4], into this example's own i*P patches
+    plan_index: np.ndarray  # int32[n, 4], into this example's own i*P patches, or images.NEWLINE
     plan_weight: np.ndarray  # float32[n, 4]
 
 
-def encode(tokenizer: Tokenizer, vision: VisionConfig, tokens, loss, image) -> Example:
-    """Ids with image placeholders + the picture -> an Example.
+def encode(
+    tokenizer: Tokenizer, vision: VisionConfig, tokens, loss, pictures: list[images.Prepared]
+) -> Example:
+    """Ids with image placeholders + the pictures they stand for, in order -> an Example.
 
     Raises:
-      ValueError: the number of placeholders is not the number of the picture's features.
+      ValueError: the number of placeholders is not the number of the pictures' features.
     """
     tokens = np.asarray(tokens, np.int32)
     index = np.zeros((len(tokens), 4), np.int32)
     weight = np.zeros((len(tokens), 4), np.float32)
-    tiles = np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)
+    tiles = [np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)]
     places = np.flatnonzero(tokens == tokenizer.image_id)
-    if image is not None:
-        tiles, image_index, image_weight = images.tile_image(image, vision)
-        if len(places) != len(image_index):
-            raise ValueError(f"{len(places)} image tokens for {len(image_index)} image features")
-        index[places], weight[places] = image_index, image_weight
-    elif len(places):
-        raise ValueError(f"{len(places)} image tokens and no image")
+    num_features = sum(len(picture.index) for picture in pictures)
+    if len(places) != num_features:
+        raise ValueError(f"{len(places)} image tokens for {num_features} image features")
+    first, first_tile = 0, 0
+    for picture in pictures:
+        span = places[first : first + len(picture.index)]
+        shifted = picture.index + first_tile * vision.num_patches
+        index[span] = np.where(picture.index == images.NEWLINE, images.NEWLINE, shifted)
+        weight[span] = picture.weight
+        first, first_tile = first + len(span), first_tile + len(picture.tiles)
+        tiles.append(picture.tiles)
+    tiles = np.concatenate(tiles)
     return Example(tokens, np.asarray(loss, np.float32), tiles, index, weight)
 
 
@@ -71,23 +78,38 @@ def encode_question(
 
     Its n loss tokens weigh n^-length_power each: 0 = every token alike, 1 = every example alike.
     """
+    pictures = _pictures(question, vision)
     tokens, loss = dialogue.render(
         tokenizer,
         question.text,
-        vision.num_image_tokens if question.image is not None else 0,
+        [len(picture.index) for picture in pictures],
         question.answer,
         question.trace if thinks and question.trace else None,
         mask_empty_block=mask_empty_block,
     )
     loss = loss * loss.sum() ** -length_power
-    return encode(tokenizer, vision, tokens, loss, question.image)
+    return encode(tokenizer, vision, tokens, loss, pictures)
 
 
 def encode_prompt(tokenizer, vision, question: Question) -> Example:
     """The prompt of a question up to `<think>`, for generation."""
-    num_image_tokens = vision.num_image_tokens if question.image is not None else 0
-    tokens = dialogue.prompt_ids(tokenizer, question.text, num_image_tokens)
-    return encode(tokenizer, vision, tokens, np.zeros(len(tokens)), question.image)
+    pictures = _pictures(question, vision)
+    tokens = dialogue.prompt_ids(tokenizer, question.text, [len(p.index) for p in pictures])
+    return encode(tokenizer, vision, tokens, np.zeros(len(tokens)), pictures)
+
+
+def _pictures(question: Question, vision: VisionConfig) -> list[images.Prepared]:
+    return [] if question.image is None else images.prepare([question.image], vision)
+
+
+def plan_index(example: Example, first_tile: int, tiles: int, patches: int) -> np.ndarray:
+    """The example's plan in a row of `tiles` tiles, its own from `first_tile` on: int32[n, 4].
+
+    Row tiles*P of the feature table is the newline; entries of weight 0 point to row 0.
+    """
+    index = example.plan_index + first_tile * patches
+    index = np.where(example.plan_index == images.NEWLINE, tiles * patches, index)
+    return np.where(example.plan_weight != 0, index, 0)
 
 
 def empty_batch(rows: int, length: int, tiles: int, vision: VisionConfig, pad_id: int) -> Batch:
@@ -127,9 +149,7 @@ def place(
     batch.predecessors[row, span] = np.maximum(np.arange(start - 1, start + length - 1), start)
     batch.tiles[row, tile : tile + len(example.tiles)] = example.tiles
     batch.plan.weight[row, span] = example.plan_weight
-    batch.plan.index[row, span] = np.where(
-        example.plan_weight != 0, example.plan_index + tile * patches, 0
-    )
+    batch.plan.index[row, span] = plan_index(example, tile, batch.tiles.shape[1], patches)
 
 
 class Packer:

@@ -18,6 +18,7 @@ from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import World
 
 ENDLESS = 2**40
+MAX_DROPPED = 1000  # samples of one batch that fit no row: then the shape is wrong
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -83,6 +84,11 @@ class Loader:
             example = self.examples[position]
             if not packer.fits_empty(example):
                 dropped += 1
+                if dropped == MAX_DROPPED:
+                    raise ValueError(
+                        f"{dropped} samples of one batch fit no row: raise packed_len "
+                        f"({stage.packed_len}) or packed_tiles ({stage.packed_tiles})"
+                    )
             elif not packer.add(example):
                 return packer.batch, position, dropped
             position += 1

@@ -8,12 +8,14 @@ only.
 
 import json
 import os
+import re
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 IMAGE, PAD = "<image>", "<|endoftext|>"
 CONTROL = (PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>", IMAGE)
+NEEDED = CONTROL[:-1]  # of any tokenizer; the picture's token may have another name
 
 # Qwen3's own split: digits one by one, newline runs on their own, words with their leading space.
 QWEN_SPLIT = (
@@ -27,22 +29,27 @@ class Tokenizer:
 
     Args:
       text: the JSON of a `tokenizers` tokenizer (the content of tokenizer.json).
+      image_id: the id that stands for a picture's features; None = that of `<image>`.
     Raises:
-      ValueError: a control token of CONTROL is missing, or a newline pair is not a single token
-      (the mode
-        is decided by one token, PAPER.md section 1).
+      ValueError: a control token is missing, or a newline pair is not a single token (the mode is
+        decided by one token, PAPER.md section 1).
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, image_id: int | None = None):
         spec = json.loads(text)
         self._added = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        missing = [name for name in CONTROL if name not in self._added]
+        missing = [name for name in NEEDED if name not in self._added]
+        if image_id is None:
+            image_id = self._added.get(IMAGE)
+        if image_id not in self._added.values():
+            missing.append(IMAGE)
         if missing:
             raise ValueError(f"the tokenizer lacks the control tokens {missing}")
         self._full = tokenizers.Tokenizer.from_str(text)
         self._text = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self.json = text
-        self.pad_id, self.image_id = self.control(PAD), self.control(IMAGE)
+        self.pad_id, self.image_id = self.control(PAD), image_id
+        self.image_name = next(n for n, i in self._added.items() if i == image_id)
         self.end_id = self.control("<|im_end|>")
         self.think_id, self.end_think_id = self.control("<think>"), self.control("</think>")
         self.thinking_id, self.direct_id = self._single("\n"), self._single("\n\n")
@@ -59,6 +66,12 @@ class Tokenizer:
     def control(self, name: str) -> int:
         """The id of a control token."""
         return self._added[name]
+
+    def split_control(self, text: str) -> list[str | int]:
+        """Text of a template -> runs of plain text, and the ids of control tokens between them."""
+        names = sorted(self._added, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        return [self._added.get(part, part) for part in parts if part]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from r4b_jax.common.arrays import Array, ImagePlan
 from r4b_jax.config import ModelConfig
-from r4b_jax.data.examples import Example
-from r4b_jax.decoding.sampling import ban, choose, logp_of
+from r4b_jax.data.examples import Example, plan_index
+from r4b_jax.decoding.sampling import Sampling, ban, choose, logp_of
 from r4b_jax.models import r4b
 from r4b_jax.models.attention import attend, attend_shared_prefix
 
@@ -53,6 +53,7 @@ class Ids:
     pad: int
     thinking: int
     direct: int
+    end_think: int
     never: tuple[int, ...]
 
     @classmethod
@@ -62,20 +63,27 @@ class Ids:
             pad=tokenizer.pad_id,
             thinking=tokenizer.thinking_id,
             direct=tokenizer.direct_id,
+            end_think=tokenizer.end_think_id,
             never=tuple(tokenizer.never_sampled),
         )
 
 
-def pad_prompts(prompts: list[Example], prompt_len: int, pad_id: int) -> Prompts:
+def pad_prompts(
+    prompts: list[Example], prompt_len: int, pad_id: int, patches: int, tiles: int | None = None
+) -> Prompts:
     """Stack prompts; those with fewer tiles than the others get empty ones.
 
+    Args:
+      patches: feature rows a tile gives.
+      tiles: tiles to pad to; None = as many as the prompts need.
     Raises:
       ValueError: a prompt is longer than `prompt_len`.
     """
     longest = max(len(p.tokens) for p in prompts)
     if longest > prompt_len:
         raise ValueError(f"a prompt of {longest} tokens exceeds generate.prompt_len = {prompt_len}")
-    count, tiles = len(prompts), max(len(p.tiles) for p in prompts)
+    count, most = len(prompts), max(len(p.tiles) for p in prompts)
+    tiles = most if tiles is None else tiles
     out = Prompts(
         tokens=np.full((count, prompt_len), pad_id, np.int32),
         lengths=np.array([len(p.tokens) for p in prompts], np.int32),
@@ -88,7 +96,7 @@ def pad_prompts(prompts: list[Example], prompt_len: int, pad_id: int) -> Prompts
         length = len(prompt.tokens)
         out.tokens[i, :length] = prompt.tokens
         out.tiles[i, : len(prompt.tiles)] = prompt.tiles
-        out.plan.index[i, :length] = prompt.plan_index
+        out.plan.index[i, :length] = plan_index(prompt, 0, tiles, patches)
         out.plan.weight[i, :length] = prompt.plan_weight
     return out
 
@@ -101,7 +109,7 @@ def forced_array(forced: list[list[int]], num_queries: int) -> np.ndarray:
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens", "temperature"))
+@functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens"))
 def generate(
     config: ModelConfig,
     params: dict,
@@ -111,7 +119,7 @@ def generate(
     ids: Ids,
     *,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
 ) -> Generation:
     """Answer each query R times.
 
@@ -120,6 +128,46 @@ def generate(
       keys: typed keys [Q, R], one a rollout: its samples depend on nothing else in the batch.
       max_new_tokens: U, forced tokens included; a rollout that has not ended by then is cut off.
     """
+    fixed, state, mode_logps = _start(config, params, prompts, forced, keys, ids, max_new_tokens)
+    state = _run(config, params, ids, sampling, fixed, state, max_new_tokens)
+    shape = forced.shape[:2]
+    return Generation(
+        tokens=state.tokens.reshape(*shape, -1),
+        logps=state.logps.reshape(*shape, -1),
+        lengths=state.lengths.reshape(shape),
+        mode_logps=mode_logps,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens"))
+def start(config, params, prompts, forced, keys, ids, *, max_new_tokens):
+    """`generate`'s prefill alone, for one who wants the tokens as they come.
+
+    Returns:
+      (fixed, state, mode_logps float32[Q, 2]); hand the first two to `advance`.
+    """
+    return _start(config, params, prompts, forced, keys, ids, max_new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "ids"), donate_argnames="state")
+def advance(config, params, ids, sampling, fixed, state, steps):
+    """Up to `steps` more tokens of every row: the new state, whose `tokens` int32[B, U], `lengths`
+    and `done` tell what there is. `state` is donated."""
+    until = jnp.minimum(state.step + steps, state.tokens.shape[1])
+    return _run(config, params, ids, sampling, fixed, state, until)
+
+
+def _run(config, params, ids, sampling, fixed, state, until):
+    model = r4b.bind(config, params)
+    return jax.lax.while_loop(
+        lambda s: (s.step < until) & ~jnp.all(s.done),
+        lambda s: _decode_step(model, ids, sampling, fixed, s),
+        state,
+    )
+
+
+def _start(config, params, prompts, forced, keys, ids, max_new_tokens):
+    """Prefill: what decoding reads, its first state, and how likely the two modes are."""
     model = r4b.bind(config, params)
     num_queries, rollouts, _ = forced.shape
     rows = num_queries * rollouts
@@ -145,19 +193,10 @@ def generate(
         logps=jnp.zeros((rows, max_new_tokens), jnp.float32),
         lengths=jnp.zeros((rows,), jnp.int32),
         done=jnp.zeros((rows,), bool),
+        closed=jnp.zeros((rows,), bool),
     )
-    state = jax.lax.while_loop(
-        lambda s: (s.step < max_new_tokens) & ~jnp.all(s.done),
-        lambda s: _decode_step(model, ids, temperature, fixed, s),
-        state,
-    )
-    shape = (num_queries, rollouts)
-    return Generation(
-        tokens=state.tokens.reshape(*shape, -1),
-        logps=state.logps.reshape(*shape, -1),
-        lengths=state.lengths.reshape(shape),
-        mode_logps=jax.nn.log_softmax(first_logits)[:, jnp.array([ids.thinking, ids.direct])],
-    )
+    modes = jnp.array([ids.thinking, ids.direct])
+    return fixed, state, jax.nn.log_softmax(first_logits)[:, modes]
 
 
 class _Fixed(NamedTuple):
@@ -180,17 +219,22 @@ class _State(NamedTuple):
     logps: Array  # float32[B, U]
     lengths: Array  # int32[B]
     done: Array  # bool[B]
+    closed: Array  # bool[B], no thought is open
 
 
-def _decode_step(model: r4b.R4B, ids: Ids, temperature: float, fixed: _Fixed, state: _State):
+def _decode_step(model: r4b.R4B, ids: Ids, sampling: Sampling, fixed: _Fixed, state: _State):
     """Choose every row's next token, then compute the logits of the one after it."""
     step, done = state.step, state.done
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(fixed.keys, step)
-    sampled, logp = choose(state.logits, step_keys, temperature)
-    # Three cases: the row is done (padding), the mode forces a token, else the sampled one.
-    must = fixed.forced[:, step]
+    bias = jnp.where(step == 0, sampling.think_bias, 0.0)
+    sampled, logp = choose(state.logits.at[:, ids.thinking].add(bias), step_keys, sampling)
+    # Four cases: the row is done (padding), the mode forces a token, the thought has used up its
+    # tokens and is closed, else the sampled one.
+    over = ~state.closed & (step >= sampling.max_think_tokens)
+    must = jnp.where(over, ids.end_think, fixed.forced[:, step])
     token = jnp.where(done, ids.pad, jnp.where(must >= 0, must, sampled))
     logp = jnp.where(must >= 0, logp_of(state.logits, jnp.maximum(must, 0)), logp)
+    closed = state.closed | (token == ids.end_think) | ((step == 0) & (token != ids.thinking))
     masks = (fixed.prefix_mask, jnp.arange(state.tokens.shape[1]) < step)
     hidden, kv = model.language_model(
         model.language_model.embed(token[:, None]),
@@ -210,6 +254,7 @@ def _decode_step(model: r4b.R4B, ids: Ids, temperature: float, fixed: _Fixed, st
         logps=state.logps.at[:, step].set(jnp.where(done, 0, logp)),
         lengths=state.lengths + ~done,
         done=done | (token == ids.end),
+        closed=closed,
     )
 
 

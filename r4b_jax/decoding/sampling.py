@@ -1,10 +1,55 @@
 """Choosing the next token. Pure functions of logits and keys."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from r4b_jax.common.arrays import Array
 from r4b_jax.models.attention import NEG_INF
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Numbers are traced: other values compile nothing anew, except across
+    `greedy` and `truncated`. Make one with `Sampling.of`."""
+
+    temperature: Array  # float32[]
+    top_p: Array  # float32[], the most likely tokens that together reach this probability
+    top_k: Array  # int32[], the k most likely tokens; 0 = all
+    think_bias: Array  # float32[], added to the logit of thinking where the mode is decided
+    max_think_tokens: Array  # int32[], a thought still open after so many tokens is closed
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    truncated: bool = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        think_bias: float = 0.0,
+        max_think_tokens: int | None = None,
+    ) -> "Sampling":
+        """Settings as a person gives them; temperature 0 = greedy.
+
+        Raises:
+          ValueError: a value out of its range.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError("temperature and top_k are at least 0, top_p is above 0 and at most 1")
+        if max_think_tokens is not None and max_think_tokens < 1:
+            raise ValueError("max_think_tokens is at least 1: to think not at all is a mode")
+        return cls(
+            temperature=jnp.float32(temperature or 1.0),
+            top_p=jnp.float32(top_p),
+            top_k=jnp.int32(top_k),
+            think_bias=jnp.float32(think_bias),
+            max_think_tokens=jnp.int32(2**30 if max_think_tokens is None else max_think_tokens),
+            greedy=temperature == 0,
+            truncated=temperature > 0 and (top_p < 1 or top_k > 0),
+        )
 
 
 def ban(logits: Array, never: tuple[int, ...]) -> Array:
@@ -13,23 +58,40 @@ def ban(logits: Array, never: tuple[int, ...]) -> Array:
     return logits.at[..., jnp.array(never, jnp.int32)].set(NEG_INF) if never else logits
 
 
-def choose(logits: Array, keys: Array, temperature: float) -> tuple[Array, Array]:
+def choose(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array]:
     """Sample each row with its own key, so that a row does not depend on its neighbours.
 
     Args:
       logits: float32[B, V].
       keys: typed keys [B].
-      temperature: 0 = greedy.
     Returns:
       tokens int32[B], and their log-probabilities float32[B] under the distribution sampled from
-      (at temperature 0: under softmax(logits)).
+      (greedy: under softmax(logits)).
     """
-    if temperature == 0:
+    if sampling.greedy:
         tokens = jnp.argmax(logits, -1)
     else:
-        logits = logits / temperature
+        logits = logits / sampling.temperature
+        if sampling.truncated:
+            logits = truncate(logits, sampling.top_k, sampling.top_p)
         tokens = jax.vmap(jax.random.categorical)(keys, logits)
     return tokens.astype(jnp.int32), logp_of(logits, tokens)
+
+
+def truncate(logits: Array, top_k: Array, top_p: Array) -> Array:
+    """Put all but the top-k, and of those all but the top-p, tokens out of reach: [..., V].
+
+    The most likely token always stays, as do others that share the last one's logit.
+    """
+    ordered = -jnp.sort(-logits, -1)
+    size = logits.shape[-1]
+    place = jnp.arange(size)
+    in_k = place < jnp.where(top_k > 0, top_k, size)
+    probs = jax.nn.softmax(jnp.where(in_k, ordered, -jnp.inf), -1)
+    before = jnp.cumsum(probs, -1) - probs  # mass of the tokens ahead of this one
+    kept = in_k & (before < top_p)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, NEG_INF)
 
 
 def logp_of(logits: Array, tokens: Array) -> Array:

@@ -15,6 +15,7 @@ from r4b_jax.data.loader import stream_seed
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import TOPICS, World
 from r4b_jax.decoding.generate import Ids, forced_array, generate, pad_prompts
+from r4b_jax.decoding.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,17 @@ def evaluate(
             out = generate(
                 config.model,
                 params,
-                pad_prompts(prompts, generation.prompt_len, tokenizer.pad_id),
+                pad_prompts(
+                    prompts,
+                    generation.prompt_len,
+                    tokenizer.pad_id,
+                    config.model.vision.num_patches,
+                ),
                 forced,
                 keys,
                 ids,
                 max_new_tokens=generation.max_new_tokens,
-                temperature=0.0,
+                sampling=Sampling.of(),
             )
             out = jax.device_get(out)
             p_think = 1 / (1 + np.exp(out.mode_logps[:, 1] - out.mode_logps[:, 0]))

@@ -1,5 +1,5 @@
 """LayerNorm -> Linear -> GELU -> Linear, from the tower's width to the decoder's (PAPER.md section
-2)."""
+2). LLaVA-OneVision's has no LayerNorm."""
 
 import jax
 from flax import nnx
@@ -9,11 +9,16 @@ from r4b_jax.models.layers import linear
 
 
 class Projector(nnx.Module):
-    def __init__(self, in_dim: int, out_dim: int, eps: float, rngs: nnx.Rngs, dtype):
-        self.pre_norm = nnx.LayerNorm(in_dim, epsilon=eps, dtype=dtype, rngs=rngs)
+    """`eps` is the LayerNorm's; None leaves it out."""
+
+    def __init__(self, in_dim: int, out_dim: int, eps: float | None, rngs: nnx.Rngs, dtype):
+        self.has_norm = eps is not None
+        if self.has_norm:
+            self.pre_norm = nnx.LayerNorm(in_dim, epsilon=eps, dtype=dtype, rngs=rngs)
         self.linear_1 = linear(in_dim, out_dim, rngs, dtype, bias=True)
         self.linear_2 = linear(out_dim, out_dim, rngs, dtype, bias=True)
 
     def __call__(self, x: Array) -> Array:
         """[..., in_dim] -> [..., out_dim]."""
-        return self.linear_2(jax.nn.gelu(self.linear_1(self.pre_norm(x)), approximate=False))
+        x = self.pre_norm(x) if self.has_norm else x
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))

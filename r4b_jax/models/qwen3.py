@@ -71,6 +71,8 @@ class Qwen3(nnx.Module):
             lambda rngs: DecoderLayer(config, rngs, dtype), config.num_layers, rngs, remat=remat
         )
         self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied_head:
+            self.lm_head = nnx.Param(table + 0)  # [V, D] like the table
         self.dtype = dtype
 
     def embed(self, tokens: Array) -> Array:
@@ -102,6 +104,7 @@ class Qwen3(nnx.Module):
         return self.norm(x), kv
 
     def logits(self, hidden: Array) -> Array:
-        """[..., D] -> float32[..., V]; the head is the embedding table."""
-        table = self.embed_tokens[...].astype(hidden.dtype)
+        """[..., D] -> float32[..., V]; the head is the embedding table, unless untied."""
+        table = self.embed_tokens if self.config.tied_head else self.lm_head
+        table = table[...].astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

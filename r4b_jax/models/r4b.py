@@ -24,9 +24,8 @@ class R4B(nnx.Module):
         dtype = jnp.dtype(config.compute_dtype)
         vision, language = config.vision, config.language
         self.vision_tower = SigLIP2(vision, rngs, dtype, remat=config.remat)
-        self.projector = Projector(
-            vision.width, language.width, config.projector_norm_eps, rngs, dtype
-        )
+        eps = config.projector_norm_eps if config.projector_norm else None
+        self.projector = Projector(vision.width, language.width, eps, rngs, dtype)
         self.image_newline = nnx.Param(jax.random.normal(rngs.params(), (language.width,)) * 0.02)
         self.language_model = Qwen3(language, rngs, dtype, remat=config.remat)
 

@@ -3,6 +3,7 @@ last layer leaves them, no pooling. SigLIP2's own final norm and head are not pa
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from r4b_jax.common.arrays import Array
@@ -49,12 +50,14 @@ class SigLIP2(nnx.Module):
         """Tiles to features.
 
         Args:
-          tiles: uint8[B, image_size, image_size, 3]; pixels become x / 127.5 - 1.
+          tiles: uint8[B, image_size, image_size, 3]; pixels become (x / 255 - mean) / std.
         Returns:
           [B, P, D], patches in rows from the top left.
         """
         patch, side = self.config.patch_size, self.config.image_size // self.config.patch_size
-        x = tiles[:, : side * patch, : side * patch].astype(jnp.float32) / 127.5 - 1.0
+        x = tiles[:, : side * patch, : side * patch].astype(jnp.float32)
+        mean, std = np.array(self.config.image_mean), np.array(self.config.image_std)
+        x = x / (255 * std).astype("float32") - (mean / std).astype("float32")
         x = x.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch_embedding(x.reshape(-1, side * side, patch * patch * 3).astype(self.dtype))
         x = x + self.position_embedding[...].astype(self.dtype)

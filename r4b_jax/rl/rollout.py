@@ -24,6 +24,7 @@ from r4b_jax.data import dialogue
 from r4b_jax.data.examples import Example, Question, empty_batch, encode_prompt, place
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.decoding.generate import Generation, Ids, forced_array, generate, pad_prompts
+from r4b_jax.decoding.sampling import Sampling
 
 
 @jax.tree_util.register_dataclass
@@ -64,12 +65,17 @@ def sample_rollouts(
     generation = generate(
         config.model,
         params,
-        pad_prompts(prompts, config.generate.prompt_len, tokenizer.pad_id),
+        pad_prompts(
+            prompts,
+            config.generate.prompt_len,
+            tokenizer.pad_id,
+            config.model.vision.num_patches,
+        ),
         forced_array([dialogue.forced_ids(tokenizer, m) for m in modes], len(questions)),
         jax.random.split(key, (len(questions), len(modes))),
         Ids.of(tokenizer),
         max_new_tokens=config.generate.max_new_tokens,
-        temperature=config.bpo.temperature,
+        sampling=Sampling.of(config.bpo.temperature),
     )
     generation = jax.device_get(generation)
     replies = [

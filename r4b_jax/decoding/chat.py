@@ -1,0 +1,263 @@
+"""A model one can talk to: `load` it, then `chat` or `stream`, alone or over several turns."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from r4b_jax.common import checkpoint
+from r4b_jax.config import Config, ModelConfig, from_config_dict
+from r4b_jax.data import conversation, dialogue, images
+from r4b_jax.data.conversation import Turn
+from r4b_jax.data.examples import Example, encode
+from r4b_jax.data.tokenizer import Tokenizer
+from r4b_jax.decoding.generate import Ids, advance, forced_array, pad_prompts, start
+from r4b_jax.decoding.sampling import Sampling
+from r4b_jax.models import released
+from r4b_jax.models.convert import CheckpointError
+
+MODE_NAMES = {mode: mode for mode in dialogue.MODES} | {"long": "thinking", "short": "non-thinking"}
+TILE_BUCKETS = (0, 1, 2, 3, 5, 7, 10, 13, 17, 21, 26, 31, 37)  # tiles a prompt is padded to
+STEPS = 8  # tokens between two looks at what has come
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer. `answer` is None if the reply was cut off before it; `thought` None = direct."""
+
+    answer: str | None
+    thought: str | None
+    mode: str  # the mode it was answered in: "thinking" or "non-thinking"
+    p_think: float  # P(thinking) against P(direct) after <think>, before any bias
+    num_tokens: int  # after <think>, the end token included
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a reply as it comes; the last has the whole `reply` and no text."""
+
+    text: str
+    is_thought: bool
+    reply: Reply | None = None
+
+
+class Model:
+    """Weights, tokenizer and template. Made by `load`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        tokenizer: Tokenizer,
+        template: str | None,
+        limit: int,
+    ):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.template, self.limit = template, limit
+        self.ids = Ids.of(tokenizer)
+
+    def chat(self, question: str, images=(), mode: str = "auto", **settings) -> Reply:
+        """One answer. `settings` and errors as of `stream`."""
+        *_, last = self.stream(question, images, mode, **settings)
+        return last.reply
+
+    def stream(
+        self,
+        question: str,
+        images=(),
+        mode: str = "auto",
+        *,
+        history: list[tuple[str, list, str]] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 1024,
+        max_think_tokens: int | None = None,
+        think_bias: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[Piece]:
+        """An answer, piece by piece as it is made.
+
+        Args:
+          images: paths, bytes, arrays uint8[h, w, 3] or PIL images, in the order they are shown.
+          mode: "auto", "thinking" or "long", "non-thinking" or "short".
+          history: earlier turns, oldest first: (question, images, answer).
+          temperature: 0 = greedy.
+          max_think_tokens: a thought still open after so many tokens is closed, and answered.
+          think_bias: added to the logit of thinking where the mode is decided; inf and -inf are the
+            two forced modes.
+          seed: of the samples, at a temperature above 0.
+        Raises:
+          ValueError: an unknown mode, a setting out of range, a prompt longer than the context.
+          ImageError: a picture that cannot be read.
+        """
+        forced = self._forced(mode, think_bias)
+        bias = think_bias if math.isfinite(think_bias) else 0.0
+        sampling = Sampling.of(temperature, top_p, top_k, bias, max_think_tokens)
+        if max_new_tokens < 3:
+            raise ValueError("max_new_tokens is at least 3: the direct mode itself takes two")
+        prompt = self.prompt([*history, (question, list(images), None)])
+        room = self.limit - len(prompt.tokens)
+        if room < 3:
+            raise ValueError(
+                f"the prompt has {len(prompt.tokens)} tokens and the context {self.limit}: "
+                "use fewer or smaller pictures, or a shorter question"
+            )
+        return self._decode(prompt, forced, sampling, min(max_new_tokens, room), seed)
+
+    def prompt(self, turns: list[tuple[str, list, str | None]]) -> Example:
+        """(question, pictures, answer) turn by turn -> the prompt up to `<think>`."""
+        prepared = [images.prepare(list(pictures), self.config.vision) for _, pictures, _ in turns]
+        counted = [
+            Turn(question, tuple(len(picture.index) for picture in some), answer)
+            for (question, _, answer), some in zip(turns, prepared)
+        ]
+        ids = conversation.prompt_ids(self.tokenizer, counted, self.template)
+        pictures = [picture for some in prepared for picture in some]
+        return encode(self.tokenizer, self.config.vision, ids, np.zeros(len(ids)), pictures)
+
+    def _forced(self, mode: str, think_bias: float) -> list[int]:
+        if mode not in MODE_NAMES:
+            raise ValueError(f"mode is one of {', '.join(MODE_NAMES)}, not {mode!r}")
+        mode = MODE_NAMES[mode]
+        if mode == "auto" and math.isinf(think_bias):
+            mode = "thinking" if think_bias > 0 else "non-thinking"
+        return dialogue.forced_ids(self.tokenizer, mode)
+
+    def _decode(self, prompt, forced, sampling, max_new_tokens, seed) -> Iterator[Piece]:
+        fixed, state, mode_logps = start(
+            self.config,
+            self.params,
+            self._padded(prompt),
+            forced_array([forced], 1),
+            jax.random.split(jax.random.key(seed), (1, 1)),
+            self.ids,
+            max_new_tokens=max_new_tokens,
+        )
+        thinking, direct = np.asarray(mode_logps[0], np.float64)
+        p_think = float(1 / (1 + np.exp(direct - thinking)))
+        shown = {True: "", False: ""}
+        while True:
+            state = advance(self.config, self.params, self.ids, sampling, fixed, state, STEPS)
+            ids = np.asarray(state.tokens[0, : int(state.lengths[0])])
+            done = bool(state.done[0]) or len(ids) == max_new_tokens
+            for is_thought, text in self._parts(ids, done):
+                new = text[len(shown[is_thought]) :]
+                if new:
+                    shown[is_thought] = text
+                    yield Piece(new, is_thought)
+            if done:
+                reply = dialogue.split_reply(self.tokenizer, ids)
+                mode = "thinking" if reply.thinks else "non-thinking"
+                whole = Reply(reply.answer, reply.thought, mode, p_think, reply.num_tokens)
+                yield Piece("", False, whole)
+                return
+
+    def _parts(self, ids: np.ndarray, done: bool) -> list[tuple[bool, str]]:
+        """(is it the thought, text so far) of what can be shown of a reply."""
+        ids, close = ids.tolist(), self.tokenizer.end_think_id
+        cut = ids.index(close) if close in ids else len(ids)
+        answer = [i for i in ids[cut + 1 :] if i != self.tokenizer.end_id]
+        parts = []
+        for is_thought, some, ended in ((True, ids[:cut], cut < len(ids)), (False, answer, done)):
+            text = self.tokenizer.decode(some).lstrip()
+            if not (ended or done):  # a character may still lack bytes, a last newline its reason
+                text = text.rstrip("\ufffd").rstrip()
+            parts.append((is_thought, text.rstrip() if ended else text))
+        return parts
+
+    def _padded(self, prompt: Example):
+        """The prompt in a shape that many share, so that few are compiled."""
+        length = len(prompt.tokens)
+        step = max(64, 2 ** (length.bit_length() - 3))
+        return pad_prompts(
+            [prompt],
+            -(-length // step) * step,
+            self.ids.pad,
+            self.config.vision.num_patches,
+            tiles=next((n for n in TILE_BUCKETS if n >= len(prompt.tiles)), len(prompt.tiles)),
+        )
+
+
+def load(path: str | os.PathLike, dtype: str | None = None) -> Model:
+    """A model from a Hugging Face folder, a converted checkpoint, or a stage of a run.
+
+    Args:
+      path: a folder with config.json and safetensors; one that `python -m r4b_jax.convert import`
+        wrote; or a stage's folder of a work folder, such as runs/tiny-seed0/bpo.
+      dtype: of the computation; by default that of the weights.
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be used; the message says why.
+    """
+    path = os.fspath(path)
+    if not os.path.isdir(path):
+        raise CheckpointError(f"there is no folder {path}")
+    if os.path.exists(os.path.join(path, checkpoint.MODEL_FILE)):
+        config, params = checkpoint.restore_model(path)
+        config, side = _with_dtype(config, params, dtype), os.path.join(path, "hugging_face")
+    elif os.path.exists(os.path.join(path, "..", "tokenizer.json")):
+        return _load_stage(path, dtype)
+    else:
+        folder = released.read_folder(path)
+        config, parts = released.describe([folder])
+        params, _ = released.load_params([folder], config, parts)
+        config, side = _with_dtype(config, params, dtype), path
+    return Model(config, params, *talk(side))
+
+
+def _with_dtype(config: ModelConfig, params: dict, dtype: str | None) -> ModelConfig:
+    own = str(jax.tree.leaves(params)[0].dtype)
+    return dataclasses.replace(config, compute_dtype=dtype or own, remat=False)
+
+
+def _load_stage(path: str, dtype: str | None) -> Model:
+    """From the newest checkpoint of a stage; settings and tokenizer lie in the work folder."""
+    work = os.path.join(path, "..")
+    with open(os.path.join(work, "config.json"), encoding="utf-8") as f:
+        config = from_config_dict(Config, json.load(f))
+    with open(os.path.join(work, "tokenizer.json"), encoding="utf-8") as f:
+        tokenizer = Tokenizer(f.read())
+    stage = checkpoint.StageCheckpoints(path)
+    if stage.latest is None:
+        raise CheckpointError(f"{path} holds no checkpoint")
+    model = dataclasses.replace(config.model, compute_dtype=dtype or config.model.compute_dtype)
+    limit = config.generate.prompt_len + config.generate.max_new_tokens
+    return Model(model, stage.restore_params(), tokenizer, None, limit)
+
+
+def talk(folder: str) -> tuple[Tokenizer, str | None, int]:
+    """Tokenizer, chat template and context length of a Hugging Face folder."""
+    config = json.loads(_text(folder, "config.json"))
+    text = _text(folder, "tokenizer.json")
+    if text is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    image_id = config.get("image_token_index", config.get("image_token_id"))
+    try:
+        tokenizer = Tokenizer(text, image_id)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    limit = config.get("text_config", {}).get("max_position_embeddings", 32768)
+    return tokenizer, template_of(folder), limit
+
+
+def template_of(folder: str) -> str | None:
+    """The chat template of a Hugging Face folder, wherever it keeps it."""
+    if (text := _text(folder, "chat_template.jinja")) is not None:
+        return text
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = json.loads(_text(folder, name) or "{}").get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _text(folder: str, name: str) -> str | None:
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        return f.read()
