@@ -59,18 +59,24 @@ def summary(folder: str, when: str) -> dict:
 
 
 def draw(folders: dict[str, str], path: str):
-    """Think rate over the steps, a panel a variant, a line a topic."""
-    figure, axes = plt.subplots(1, len(folders), figsize=(3.4 * len(folders), 3.2), sharey=True)
+    """Think rate, and P(think) beneath it, over the steps: a column a variant, a line a topic."""
+    size = (3.4 * len(folders), 5.6)
+    figure, axes = plt.subplots(2, len(folders), figsize=size, sharex=True, sharey=True)
     styles = {"non-reasoning": ":", "reasoning": "-", "unrewarded": "--"}
-    for axis, (name, folder) in zip(axes, folders.items()):
-        for topic, kind in TOPICS.items():
-            field = f"eval/{topic}/think_rate"
-            points = [(r["step"], r[field]) for r in read_metrics(folder, "bpo") if field in r]
-            axis.plot(*zip(*points), styles[kind], marker=".", label=f"{topic} ({kind})")
-        axis.set(title=name, xlabel="BPO step", ylim=(-0.03, 1.03))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("think rate in auto mode")
-    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    for column, (name, folder) in zip(axes.T, folders.items()):
+        records = read_metrics(folder, "bpo")
+        for axis, figure_name in zip(column, ("think_rate", "p_think")):
+            for topic, kind in TOPICS.items():
+                field = f"eval/{topic}/{figure_name}"
+                points = [(r["step"], r[field]) for r in records if field in r]
+                axis.plot(*zip(*points), styles[kind], marker=".", label=f"{topic} ({kind})")
+            axis.set(ylim=(-0.03, 1.03))
+            axis.spines[["top", "right"]].set_visible(False)
+        column[0].set_title(name)
+        column[1].set_xlabel("BPO step")
+    axes[0, 0].set_ylabel("think rate in auto mode")
+    axes[1, 0].set_ylabel("P(think) after <think>")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
