@@ -26,12 +26,11 @@ class Session:
         """Stream one answer to the console; Ctrl-C ends it, and it is then not remembered."""
         from r4b_jax.common.metrics import console
 
-        pieces = self.model.stream(
-            question, self.pictures, self.mode, history=self.history, **self.settings
-        )
         reply, was_thought = None, False
         try:
-            for piece in pieces:
+            for piece in self.model.stream(
+                question, self.pictures, self.mode, history=self.history, **self.settings
+            ):
                 if was_thought and not piece.is_thought and piece.text:
                     console.print()
                 console.print(
@@ -108,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
         "question", nargs="?", help="without one, questions are read from the keyboard"
     )
     out.add_argument("--image", action="append", default=[], help="may be given several times")
-    out.add_argument("--mode", default="auto", help="auto, thinking (long) or non-thinking (short)")
+    modes = ("auto", "thinking", "long", "non-thinking", "short")
+    out.add_argument("--mode", default="auto", choices=modes, help="long and short: other names")
     out.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     out.add_argument("--top-p", type=float, default=1.0)
     out.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
@@ -131,11 +131,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main():
     args = vars(parser().parse_intermixed_args())
+    from r4b_jax.data import images
     from r4b_jax.decoding.chat import load
 
     checkpoint, question = args.pop("checkpoint"), args.pop("question")
     pictures, mode, dtype = args.pop("image"), args.pop("mode"), args.pop("dtype")
     try:
+        for picture in pictures:  # a mistake in a name is told before the weights are read
+            images.read(picture)
         session = Session(load(checkpoint, dtype), mode, args)
         session.pictures = pictures
         if question is None:

@@ -339,7 +339,8 @@ def check(config: Config):
             _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
             _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
             (
-                stage.objective == "next_token"
+                not runs
+                or stage.objective == "next_token"
                 or (stage.packed_tiles == 1 and not vision.grid_pinpoints),
                 f"{name}.objective caption_words takes one tile a row: {name}.packed_tiles = 1 and "
                 "model.vision.grid_pinpoints = ()",

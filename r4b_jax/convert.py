@@ -14,8 +14,6 @@ import os
 import sys
 import tempfile
 
-from r4b_jax.config import ConfigError
-
 TOLERANCE = 1e-4
 QUESTION = "What is shown in the picture?"
 
@@ -54,7 +52,7 @@ def _export(source: str, target: str):
     """A converted checkpoint, or a stage of a run, as a Hugging Face folder."""
     from r4b_jax.common.checkpoint import MODEL_FILE, restore_model
     from r4b_jax.data.conversation import OWN_TEMPLATE
-    from r4b_jax.decoding.chat import load
+    from r4b_jax.decoding.chat import load, run_of
     from r4b_jax.models import released
 
     if os.path.exists(os.path.join(source, MODEL_FILE)):
@@ -62,6 +60,10 @@ def _export(source: str, target: str):
         released.write_folder(params, config, os.path.join(source, "hugging_face"), target)
         return
     model = load(source)
+    if start := run_of(source).init_from:  # as the checkpoint it began from
+        side = os.path.join(start, "hugging_face")
+        released.write_folder(model.params, model.config, side, target)
+        return
     with tempfile.TemporaryDirectory() as side:
         tokenizer = model.tokenizer
         released.write_side_files(
@@ -72,11 +74,12 @@ def _export(source: str, target: str):
 
 def check_command(args):
     from r4b_jax.common.checkpoint import MODEL_FILE
+    from r4b_jax.decoding.chat import is_stage
     from r4b_jax.decoding.parity import compare
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder
-        if os.path.exists(os.path.join(folder, MODEL_FILE)):
+        if os.path.exists(os.path.join(folder, MODEL_FILE)) or is_stage(folder):
             _export(folder, scratch)
             folder = scratch
         worst = max(compare(folder, image, args.question) for image in args.image)
@@ -111,12 +114,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main():
     args = parser().parse_args()
-    from r4b_jax.data.images import ImageError
-    from r4b_jax.models.convert import CheckpointError
-
     try:
         args.run(args)
-    except (CheckpointError, ConfigError, ImageError) as error:
+    except ValueError as error:  # the package's own errors, and a template that cannot be rendered
         print(f"r4b_jax: {error}", file=sys.stderr)
         sys.exit(2)
 

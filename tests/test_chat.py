@@ -1,5 +1,6 @@
 """Talking to a model: modes, knobs, streams, turns, and what people get wrong."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -14,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 import r4b_jax
 from r4b_jax import chat as front
+from r4b_jax import convert
 from r4b_jax.common.checkpoint import StageCheckpoints
 from r4b_jax.config import to_config_dict
 from r4b_jax.data import conversation, dialogue
 from r4b_jax.data.conversation import Turn
 from r4b_jax.data.images import ImageError
+from r4b_jax.decoding.chat import template_of
 from r4b_jax.decoding.sampling import Sampling, truncate
 from r4b_jax.models.convert import CheckpointError
 from r4b_jax.training.step import TrainState
@@ -218,6 +221,29 @@ def test_the_template_that_is_exported_is_the_one_that_was_trained(tokenizer, co
         assert conversation.prompt_ids(tokenizer, [Turn("Sum?", counts)], template) == trained
 
 
+def test_the_tags_and_names_of_real_templates_are_known(tokenizer, folder, tmp_path):
+    """LLaVA-OneVision's marks what the assistant wrote; others have several templates by name."""
+    marked = TEMPLATE.replace(
+        "{{- part.text }}", "{% generation %}{{- part.text }}{% endgeneration %}"
+    )
+    turns = [Turn("Sum?", (1,), "15"), Turn("Why so?")]
+    plain = conversation.prompt_ids(tokenizer, turns, TEMPLATE)
+    assert conversation.prompt_ids(tokenizer, turns, marked) == plain
+    dated = "{{ bos_token }}{% set day = strftime_now('%Y') %}" + TEMPLATE
+    assert conversation.prompt_ids(tokenizer, turns, dated) == plain
+    listed = [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert template_of(str(tmp_path)) == TEMPLATE
+
+
+def test_pictures_of_earlier_turns_are_in_the_same_company(model, image):
+    """Two pictures in one prompt are one tile each, whichever turns they came with."""
+    together = model.prompt([("one", [image, image], None)])
+    apart = model.prompt([("one", [image], "first"), ("two", [image], None)])
+    np.testing.assert_array_equal(together.tiles, apart.tiles)
+    assert len(together.tiles) == 2
+
+
 def test_a_template_that_hides_a_picture_or_breaks_is_refused(tokenizer):
     """A picture that is silently left out is an answer about nothing."""
     silent = "{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}"
@@ -265,16 +291,22 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
 
 def test_a_stage_of_a_run_can_be_talked_to(tmp_path, params, tokenizer):
     """What was just trained, with its own tokenizer and sizes."""
-    (tmp_path / "config.json").write_text(to_config_dict(CONFIG).to_json())
+    run = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, projector_norm_eps=1e-6)
+    )
+    (tmp_path / "config.json").write_text(to_config_dict(run).to_json())
     tokenizer.save(str(tmp_path))
     stage = StageCheckpoints(str(tmp_path / "bpo"))
     stage.save(TrainState(jnp.int32(3), params, {}), {"position": 0})
     stage.close()
     model = r4b_jax.load(tmp_path / "bpo")
-    assert model.config == CONFIG.model
+    assert model.config == run.model
     same = jax.tree.map(np.array_equal, model.params, jax.device_get(params))
     assert all(jax.tree.leaves(same))
-    assert model.chat("Sum?", [reference.picture(1)], "non-thinking", max_new_tokens=6).num_tokens
+    ask = dict(images=[reference.picture(1)], mode="non-thinking", max_new_tokens=6)
+    reply = model.chat("Sum?", **ask)
+    convert._export(str(tmp_path / "bpo"), str(tmp_path / "out"))
+    assert r4b_jax.load(tmp_path / "out").chat("Sum?", **ask) == reply
     (tmp_path / "annealing").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint"):
         r4b_jax.load(tmp_path / "annealing")

@@ -118,6 +118,29 @@ def test_parts_make_a_model_with_a_random_projector(tokenizer, tmp_path):
         command("import", text, tmp_path / "half")
 
 
+def test_the_towers_own_processor_gives_mean_and_std_alone(tokenizer, tmp_path):
+    """SigLIP2's resizes bilinearly to a square; what R-4B does with pictures is AnyRes."""
+    text, tower, _, _ = reference.save_parts(tokenizer, tmp_path)
+    own = {"resample": 2, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.5, 0.5], "size": {}}
+    (tower / "preprocessor_config.json").write_text(json.dumps(own))
+    (tower / "special_tokens_map.json").write_text("{}")
+    command("import", text, tower, tmp_path / "checkpoint")
+    model = load(tmp_path / "checkpoint")
+    assert model.config.vision.image_mean == (0.4, 0.5, 0.6)
+    beside = os.listdir(tmp_path / "checkpoint" / "hugging_face")
+    assert "chat_template.jinja" in beside and "special_tokens_map.json" not in beside
+
+
+def test_the_image_processor_may_lie_in_the_processors_file(folder, tmp_path):
+    """Where transformers 5 puts it; unread, every pixel would be off by the mean."""
+    source = shutil.copytree(folder, tmp_path / "hf")
+    preprocessor = json.loads((source / "preprocessor_config.json").read_text())
+    os.remove(source / "preprocessor_config.json")
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": preprocessor}))
+    model, _ = released.describe([released.read_folder(str(source))])
+    assert list(model.vision.image_mean) == reference.MEAN
+
+
 def tampered(folder, target, how):
     """A copy of the folder with one thing wrong."""
     shutil.copytree(folder, target)

@@ -146,8 +146,11 @@ def test_pictures_are_read_as_transformers_reads_them(tmp_path):
         for source in (path, str(path), content, Image.open(path)):
             np.testing.assert_array_equal(np.asarray(images.read(source)), expected, err_msg=name)
     assert images.read(cases["turned.jpg"]).size == (20, 30)
-    array = np.asarray(rgb)
-    np.testing.assert_array_equal(np.asarray(images.read(array)), array)
+    for array in (np.asarray(rgb), np.asarray(rgb.convert("L")), np.asarray(rgb.convert("RGBA"))):
+        expected = np.asarray(Image.fromarray(array).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(images.read(array)), expected)
+    with pytest.raises(images.ImageError, match="ndarray"):
+        images.read(np.zeros((4, 4, 3)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import rich.console
 import rich.progress
 import tensorboardX
 
-console = rich.console.Console(highlight=False, soft_wrap=True)
+console = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
 LINE_SECONDS = 15  # between progress lines where there is no terminal
 
 

@@ -7,9 +7,10 @@ between two of them is encoded as plain text.
 """
 
 import dataclasses
+import datetime
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from r4b_jax.data.tokenizer import Tokenizer
@@ -104,15 +105,29 @@ def _render(template: str, turns: list[Turn], picture: str) -> str:
             messages.append({"role": "assistant", "content": content})
             number += 1
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
-    environment.globals["raise_exception"] = _refuse
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _today}
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None
+            messages=messages, add_generation_prompt=True, tools=None, bos_token="", eos_token=""
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template cannot be rendered: {error}") from None
+
+
+class _Generation(Extension):
+    """The tag {% generation %}, which marks what an assistant wrote: its body as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _today(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
 
 
 def _refuse(message: str):

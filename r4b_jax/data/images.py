@@ -36,7 +36,8 @@ class Prepared(NamedTuple):
 
 
 def read(source) -> Image.Image:
-    """A picture from a path, bytes, an array uint8[h, w, 3] or a PIL image, upright and in RGB.
+    """A picture from a path, bytes, an array uint8[h, w(, 1, 3 or 4)] or a PIL image, upright and
+    in RGB.
 
     As transformers' `load_image`: turned as its EXIF says, palettes and greys to RGB, transparency
     dropped, the first frame of an animation.
@@ -44,10 +45,10 @@ def read(source) -> Image.Image:
     Raises:
       ImageError: no such file, or not a picture; the message names it.
     """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
     name = source if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
     try:
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(source).convert("RGB")
         if isinstance(source, (bytes, bytearray)):
             source = Image.open(io.BytesIO(source))
         elif not isinstance(source, Image.Image):
@@ -55,7 +56,7 @@ def read(source) -> Image.Image:
         return ImageOps.exif_transpose(source).convert("RGB")
     except FileNotFoundError:
         raise ImageError(f"there is no image file {name}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot read the image {name}: {error}") from None
 
 

@@ -105,19 +105,22 @@ class Model:
         if room < 3:
             raise ValueError(
                 f"the prompt has {len(prompt.tokens)} tokens and the context {self.limit}: "
-                "use fewer or smaller pictures, or a shorter question"
+                "use fewer or smaller pictures, a shorter question, or a new conversation"
             )
-        return self._decode(prompt, forced, sampling, min(max_new_tokens, room), seed)
+        wanted = min(max_new_tokens, room)
+        bucket = min(max_new_tokens, -(-wanted // 256) * 256)  # a shape that many prompts share
+        return self._decode(prompt, forced, sampling, wanted, bucket, seed)
 
     def prompt(self, turns: list[tuple[str, list, str | None]]) -> Example:
         """(question, pictures, answer) turn by turn -> the prompt up to `<think>`."""
-        prepared = [images.prepare(list(pictures), self.config.vision) for _, pictures, _ in turns]
+        shown = [picture for _, pictures, _ in turns for picture in pictures]
+        pictures = images.prepare(shown, self.config.vision)  # of one prompt, whatever the turn
+        lengths = iter(len(picture.index) for picture in pictures)
         counted = [
-            Turn(question, tuple(len(picture.index) for picture in some), answer)
-            for (question, _, answer), some in zip(turns, prepared)
+            Turn(question, tuple(next(lengths) for _ in some), answer)
+            for question, some, answer in turns
         ]
         ids = conversation.prompt_ids(self.tokenizer, counted, self.template)
-        pictures = [picture for some in prepared for picture in some]
         return encode(self.tokenizer, self.config.vision, ids, np.zeros(len(ids)), pictures)
 
     def _forced(self, mode: str, think_bias: float) -> list[int]:
@@ -128,7 +131,7 @@ class Model:
             mode = "thinking" if think_bias > 0 else "non-thinking"
         return dialogue.forced_ids(self.tokenizer, mode)
 
-    def _decode(self, prompt, forced, sampling, max_new_tokens, seed) -> Iterator[Piece]:
+    def _decode(self, prompt, forced, sampling, wanted, bucket, seed) -> Iterator[Piece]:
         fixed, state, mode_logps = start(
             self.config,
             self.params,
@@ -136,15 +139,16 @@ class Model:
             forced_array([forced], 1),
             jax.random.split(jax.random.key(seed), (1, 1)),
             self.ids,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=bucket,
         )
         thinking, direct = np.asarray(mode_logps[0], np.float64)
         p_think = float(1 / (1 + np.exp(direct - thinking)))
         shown = {True: "", False: ""}
         while True:
-            state = advance(self.config, self.params, self.ids, sampling, fixed, state, STEPS)
+            steps = min(STEPS, wanted - int(state.step))
+            state = advance(self.config, self.params, self.ids, sampling, fixed, state, steps)
             ids = np.asarray(state.tokens[0, : int(state.lengths[0])])
-            done = bool(state.done[0]) or len(ids) == max_new_tokens
+            done = bool(state.done[0]) or len(ids) == wanted
             for is_thought, text in self._parts(ids, done):
                 new = text[len(shown[is_thought]) :]
                 if new:
@@ -197,16 +201,22 @@ def load(path: str | os.PathLike, dtype: str | None = None) -> Model:
     if not os.path.isdir(path):
         raise CheckpointError(f"there is no folder {path}")
     if os.path.exists(os.path.join(path, checkpoint.MODEL_FILE)):
+        talks = talk(os.path.join(path, "hugging_face"))
         config, params = checkpoint.restore_model(path)
-        config, side = _with_dtype(config, params, dtype), os.path.join(path, "hugging_face")
-    elif os.path.exists(os.path.join(path, "..", "tokenizer.json")):
+    elif is_stage(path):
         return _load_stage(path, dtype)
     else:
         folder = released.read_folder(path)
         config, parts = released.describe([folder])
+        talks = talk(path)
         params, _ = released.load_params([folder], config, parts)
-        config, side = _with_dtype(config, params, dtype), path
-    return Model(config, params, *talk(side))
+    return Model(_with_dtype(config, params, dtype), params, *talks)
+
+
+def is_stage(path: str) -> bool:
+    """Whether a folder is that of a stage: no model of its own, and a run's tokenizer above it."""
+    own = os.path.exists(os.path.join(path, "config.json"))
+    return not own and os.path.exists(os.path.join(path, "..", "tokenizer.json"))
 
 
 def _with_dtype(config: ModelConfig, params: dict, dtype: str | None) -> ModelConfig:
@@ -214,19 +224,25 @@ def _with_dtype(config: ModelConfig, params: dict, dtype: str | None) -> ModelCo
     return dataclasses.replace(config, compute_dtype=dtype or own, remat=False)
 
 
+def run_of(stage: str) -> Config:
+    """The settings of the run that a stage's folder belongs to."""
+    with open(os.path.join(stage, "..", "config.json"), encoding="utf-8") as f:
+        return from_config_dict(Config, json.load(f))
+
+
 def _load_stage(path: str, dtype: str | None) -> Model:
     """From the newest checkpoint of a stage; settings and tokenizer lie in the work folder."""
-    work = os.path.join(path, "..")
-    with open(os.path.join(work, "config.json"), encoding="utf-8") as f:
-        config = from_config_dict(Config, json.load(f))
-    with open(os.path.join(work, "tokenizer.json"), encoding="utf-8") as f:
-        tokenizer = Tokenizer(f.read())
+    work, config = os.path.join(path, ".."), run_of(path)
+    if config.init_from:
+        tokenizer, template, limit = talk(os.path.join(config.init_from, "hugging_face"))
+    else:
+        tokenizer, template = Tokenizer(_text(work, "tokenizer.json")), None
+        limit = config.generate.prompt_len + config.generate.max_new_tokens
     stage = checkpoint.StageCheckpoints(path)
     if stage.latest is None:
         raise CheckpointError(f"{path} holds no checkpoint")
     model = dataclasses.replace(config.model, compute_dtype=dtype or config.model.compute_dtype)
-    limit = config.generate.prompt_len + config.generate.max_new_tokens
-    return Model(model, stage.restore_params(), tokenizer, None, limit)
+    return Model(model, jax.device_put(stage.restore_params()), tokenizer, template, limit)
 
 
 def talk(folder: str) -> tuple[Tokenizer, str | None, int]:
@@ -250,6 +266,8 @@ def template_of(folder: str) -> str | None:
         return text
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = json.loads(_text(folder, name) or "{}").get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if isinstance(template, str):
             return template
     return None

@@ -24,13 +24,7 @@ def compare(path: str, image: str, question: str) -> float:
     model = load(path, "float32")
     prompt = model.prompt([(question, [image], None)])
     ours = logits(model, prompt)
-    vision = model.config.vision
-    processor = LlavaOnevisionImageProcessorPil(
-        size={"height": vision.image_size, "width": vision.image_size},
-        image_grid_pinpoints=[list(point) for point in vision.grid_pinpoints],
-        image_mean=list(vision.image_mean),
-        image_std=list(vision.image_std),
-    )
+    processor = LlavaOnevisionImageProcessorPil.from_pretrained(path)
     pixels = processor([load_image(image)], return_tensors="pt")
     reference = torch_model(released.read_folder(path))
     with torch.no_grad():

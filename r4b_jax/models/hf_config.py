@@ -138,12 +138,17 @@ def _tower(vision: dict, config: dict, preprocessor: dict | None) -> VisionConfi
     if not aspect.startswith("anyres_max_") or not aspect[11:].isdigit():
         raise CheckpointError(f"vision_aspect_ratio = {aspect!r} is not supported: anyres_max_N")
     pixels = _pixels(preprocessor or {}, values["image_size"])
-    default = [list(point) for point in VisionConfig().grid_pinpoints]
-    pinpoints = config.get("image_grid_pinpoints") or default
+    pinpoints = config.get("image_grid_pinpoints")
+    if pinpoints is None:
+        pinpoints = VisionConfig().grid_pinpoints
     ours = (preprocessor or {}).get("image_grid_pinpoints", pinpoints)
     if [list(p) for p in ours] != [list(p) for p in pinpoints]:
         raise CheckpointError(
             "image_grid_pinpoints of config.json and preprocessor_config.json are different"
+        )
+    if any(len(p) != 2 or p[0] % values["image_size"] or p[1] % values["image_size"] for p in ours):
+        raise CheckpointError(
+            f"image_grid_pinpoints are no whole tiles of {values['image_size']} pixels: {pinpoints}"
         )
     return VisionConfig(
         image_size=values["image_size"],
@@ -181,11 +186,23 @@ def _pixels(preprocessor: dict, image_size: int) -> dict:
 
 
 def released_config(config: ModelConfig, image_token: int) -> dict:
-    """config.json of a model that did not come from Hugging Face, as R-4B's would be."""
+    """config.json of a model that did not come from Hugging Face: R-4B's, or LLaVA-OneVision's
+    where the projector has no LayerNorm.
+
+    Raises:
+      CheckpointError: the model has what such a config cannot say.
+    """
+    if config.projector_norm and config.projector_norm_eps != 1e-6:
+        raise CheckpointError(
+            f"projector_norm_eps = {config.projector_norm_eps} cannot be exported: R-4B's is 1e-6"
+        )
     vision, language = config.vision, config.language
+    name, architecture = "R", "RForConditionalGeneration"
+    if not config.projector_norm:
+        name, architecture = "llava_onevision", "LlavaOnevisionForConditionalGeneration"
     return {
-        "architectures": ["RForConditionalGeneration"],
-        "model_type": "R",
+        "architectures": [architecture],
+        "model_type": name,
         "image_token_index": image_token,
         "image_grid_pinpoints": [list(point) for point in vision.grid_pinpoints],
         "multimodal_projector_bias": True,

@@ -78,7 +78,10 @@ def read_folder(path: str) -> Folder:
         raise CheckpointError(
             f"{len(promised)} tensors of the index are not in their shards: {name} not in {file}"
         )
-    return Folder(path, config, _json(path, "preprocessor_config.json"), tensors)
+    preprocessor = _json(path, "preprocessor_config.json")
+    if preprocessor is None:  # transformers 5 keeps it inside the processor's file
+        preprocessor = (_json(path, "processor_config.json") or {}).get("image_processor")
+    return Folder(path, config, preprocessor, tensors)
 
 
 def _json(folder: str, name: str) -> dict | None:
@@ -113,8 +116,13 @@ def describe(folders: list[Folder]) -> tuple[ModelConfig, set[str]]:
     if folders[0].kind in WHOLE:
         if len(folders) > 1:
             raise CheckpointError(f"{folders[0].path} is whole: give it alone")
-        has_norm = "projector.pre_norm.weight" in folders[0].tensors
-        return model_config(folders[0].config, folders[0].preprocessor, has_norm), ALL_PARTS
+        whole = folders[0]
+        has_norm = "projector.pre_norm.weight" in whole.tensors
+        config = whole.config
+        no_head = "language_model.lm_head.weight" not in whole.tensors
+        if no_head and config["text_config"].get("tie_word_embeddings"):
+            config = config | {"tie_word_embeddings": True}  # older files say it of the text alone
+        return model_config(config, whole.preprocessor, has_norm), ALL_PARTS
     text = [f for f in folders if f.kind in TEXT]
     vision = [f for f in folders if f.kind in VISION]
     if len(text) != 1 or len(vision) != 1:
@@ -126,7 +134,11 @@ def describe(folders: list[Folder]) -> tuple[ModelConfig, set[str]]:
         "vision_config": tower,
         "image_grid_pinpoints": [[size * i, size * j] for i in range(1, 7) for j in range(1, 7)],
     }
-    return model_config(both, vision[0].preprocessor), {"vision_tower", "language_model"}
+    # Of the tower's own processor only the pixels' mean and std: AnyRes resizes in its own way.
+    names = ("image_mean", "image_std")
+    pixels = {n: v for n, v in (vision[0].preprocessor or {}).items() if n in names}
+    _with_image_token(text[0].path, both["text_config"].get("vocab_size", 0))
+    return model_config(both, pixels), {"vision_tower", "language_model"}
 
 
 def load_params(
@@ -204,14 +216,11 @@ def keep_originals(
     """Write hugging_face/: the side files, layout.json, spare.safetensors; `template` is the chat
     template of a model of parts that have none."""
     os.makedirs(target, exist_ok=True)
-    for folder in reversed(folders):  # the first folder's files win
-        for name in side_files(folder.path):
-            shutil.copy2(os.path.join(folder.path, name), os.path.join(target, name))
     if len(folders) > 1:
-        if os.path.exists(index := os.path.join(target, INDEX)):
-            os.remove(index)  # of one part alone
-        _join_parts(config, target, template)
+        _join_parts(folders, config, target, template)
         return
+    for name in side_files(folders[0].path):
+        shutil.copy2(os.path.join(folders[0].path, name), os.path.join(target, name))
     layout = {
         t.name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)}
         for t in folders[0].tensors.values()
@@ -221,24 +230,36 @@ def keep_originals(
         save_file(spare, os.path.join(target, "spare.safetensors"))
 
 
-def _join_parts(config: ModelConfig, target: str, template: str):
-    """Config and tokenizer of a model made of parts: one config.json, and an image token."""
-    path = os.path.join(target, "tokenizer.json")
-    if not os.path.exists(path):
-        raise CheckpointError("the Qwen3 folder has no tokenizer.json")
-    with open(path, encoding="utf-8") as f:
-        spec = json.load(f)
-    added = {token["content"]: token for token in spec["added_tokens"]}
+def _join_parts(folders: list[Folder], config: ModelConfig, target: str, template: str):
+    """The text model's side files, an image token in its tokenizer, and a config of the whole."""
+    (text,) = (folder for folder in folders if folder.kind in TEXT)
+    for name in side_files(text.path):
+        if name != INDEX:
+            shutil.copy2(os.path.join(text.path, name), os.path.join(target, name))
+    spec, image_id = _with_image_token(text.path, config.language.vocab_size)
+    tokenizer = json.dumps(spec, ensure_ascii=False, indent=1)
+    write_side_files(target, config, tokenizer, image_id, template)
+
+
+def _with_image_token(folder: str, vocab_size: int) -> tuple[dict, int]:
+    """A text model's tokenizer.json with a token for pictures, and that token's id.
+
+    Raises:
+      CheckpointError: no tokenizer, or no room in the vocabulary.
+    """
+    spec = _json(folder, "tokenizer.json")
+    if spec is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     if IMAGE_TOKEN not in added:
-        last = max(*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"]))
-        if last + 1 >= config.language.vocab_size:
-            raise CheckpointError(f"the vocabulary has no room for {IMAGE_TOKEN}")
+        last = max(*spec["model"]["vocab"].values(), *added.values())
+        if last + 1 >= vocab_size:
+            raise CheckpointError(f"the vocabulary of {folder} has no room for {IMAGE_TOKEN}")
         token = {"id": last + 1, "content": IMAGE_TOKEN, "special": True}
         token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         spec["added_tokens"].append(token)
-        added[IMAGE_TOKEN] = token
-    text = json.dumps(spec, ensure_ascii=False, indent=1)
-    write_side_files(target, config, text, added[IMAGE_TOKEN]["id"], template)
+        added[IMAGE_TOKEN] = last + 1
+    return spec, added[IMAGE_TOKEN]
 
 
 def write_side_files(
