@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "--think-bias",
         type=float,
         default=0.0,
-        help="added to the logit of thinking; inf, -inf force",
+        help="added to the logit of thinking; --think-bias=inf and --think-bias=-inf force",
     )
     out.add_argument("--seed", type=int, default=0)
     out.add_argument(

@@ -331,6 +331,13 @@ def test_training_goes_on_from_a_converted_checkpoint(folder, tiny, tmp_path):
     for name, moved in (("language_model", False), ("vision_tower", False), ("projector", True)):
         same = jax.tree.map(np.array_equal, trained[name], imported[name])
         assert all(jax.tree.leaves(same)) != moved, name
+    command(
+        "export", tmp_path / "run" / "warmup", tmp_path / "out"
+    )  # as the original, to be served
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json", released.INDEX):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    again = load(tmp_path / "out").params
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, trained)))
     other = dataclasses.replace(
         config, model=dataclasses.replace(config.model, projector_norm=False)
     )

@@ -11,7 +11,14 @@ from helpers import MODEL, one_a_row, picture, questions, with_reply
 from r4b_jax import config as c
 from r4b_jax.data.examples import encode_prompt
 from r4b_jax.models import r4b
-from r4b_jax.models.attention import attend, attend_shared_prefix, packed_mask, rope_tables, rotate
+from r4b_jax.models.attention import (
+    attend,
+    attend_in_blocks,
+    attend_shared_prefix,
+    packed_mask,
+    rope_tables,
+    rotate,
+)
 from r4b_jax.models.layers import RMSNorm
 from r4b_jax.training.losses import token_logps
 
@@ -46,6 +53,15 @@ def test_attention_is_the_loop_over_heads_that_it_stands_for():
         np.testing.assert_allclose(
             out[b, t, n], probs / probs.sum() @ v[b, :, n // 3], rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 9, 20])
+def test_attention_in_blocks_of_queries_is_attention(block):
+    """A large picture's prompt is computed in blocks; the last one is padded and must not show."""
+    q, k, v = arrays(0, (2, 9, 6, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    mask = np.broadcast_to(np.tril(np.ones((9, 9), bool)), (2, 9, 9))
+    out = jax.jit(attend_in_blocks, static_argnums=4)(q, k, v, mask, block)
+    np.testing.assert_allclose(out, jax.jit(attend)(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
 def test_one_softmax_over_the_shared_prefix_equals_attention_on_a_copy_of_it():

@@ -18,9 +18,10 @@ from r4b_jax.config import ModelConfig
 from r4b_jax.data.examples import Example, plan_index
 from r4b_jax.decoding.sampling import Sampling, ban, choose, logp_of
 from r4b_jax.models import r4b
-from r4b_jax.models.attention import attend, attend_shared_prefix
+from r4b_jax.models.attention import attend_in_blocks, attend_shared_prefix
 
 MAX_FORCED = 2  # tokens a mode forces after <think>
+QUERY_BLOCK = 512  # queries of a prompt whose attention scores exist at once
 
 
 @jax.tree_util.register_dataclass
@@ -267,7 +268,7 @@ def _prefill(model: r4b.R4B, prompts: Prompts):
     hidden, kv = model.language_model(
         model.embed(prompts.tokens, prompts.tiles, prompts.plan),
         positions,
-        lambda q, k, v, _: attend(q, k, v, mask),
+        lambda q, k, v, _: attend_in_blocks(q, k, v, mask, QUERY_BLOCK),
         keep_kv=True,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], 1)[:, 0]

@@ -66,6 +66,23 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return out.reshape(batch, length, num_heads, head_dim)
 
 
+def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array, block: int) -> Array:
+    """`attend`, `block` queries at a time: scores of [B, N, block, S] exist at once, not [B, N, T,
+    S], which for a prompt of 7,400 image tokens and 32 heads would be 7 GB a layer."""
+    batch, length, *heads = q.shape
+    if length <= block:
+        return attend(q, k, v, mask)
+    padding = -length % block
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
+    blocks = (
+        q.reshape(batch, -1, block, *heads).swapaxes(0, 1),
+        mask.reshape(batch, -1, block, mask.shape[-1]).swapaxes(0, 1),
+    )
+    out = jax.lax.map(lambda part: attend(part[0], k, v, part[1]), blocks)
+    return out.swapaxes(0, 1).reshape(batch, -1, *heads)[:, :length]
+
+
 def attend_shared_prefix(q: Array, k: Array, v: Array, prefix, suffix, masks) -> Array:
     """One decoding step: R rollouts of each of Q queries attend to the query's prefix, which is
     stored once, to their own suffix, and to themselves. One softmax over the three parts.
