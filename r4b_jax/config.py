@@ -47,6 +47,14 @@ class VisionConfig:
         """Feature rows a tile gives: (image_size // patch_size) squared."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def grid_is_whole_tiles(self) -> bool:
+        """Whether every pinpoint is a (height, width) of whole tiles."""
+        return all(
+            len(point) == 2 and min(point) > 0 and not any(n % self.image_size for n in point)
+            for point in self.grid_pinpoints
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
@@ -315,10 +323,7 @@ def check(config: Config):
             f"{vision.num_patches} tokens and the question",
         ),
         (
-            all(
-                len(point) == 2 and min(point) > 0 and not any(n % vision.image_size for n in point)
-                for point in vision.grid_pinpoints
-            ),
+            vision.grid_is_whole_tiles,
             f"model.vision.grid_pinpoints are (height, width) in whole tiles of "
             f"{vision.image_size} pixels, not {vision.grid_pinpoints}",
         ),

@@ -19,19 +19,17 @@ QUESTION = "What is shown in the picture?"
 
 
 def import_command(args):
-    from r4b_jax.common.checkpoint import MODEL_FILE, save_model
+    from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, save_model
     from r4b_jax.common.sharding import spread
     from r4b_jax.data.conversation import OWN_TEMPLATE
     from r4b_jax.models import released
-    from r4b_jax.models.convert import CheckpointError
 
-    if os.path.exists(args.target) and os.listdir(args.target):
-        raise CheckpointError(f"{args.target} is not empty: choose another folder")
+    _expect_new(args.target)
     folders = [released.read_folder(source) for source in args.sources]
     config, parts = released.describe(folders)
     params, spare = released.load_params(folders, config, parts, sharding=spread, seed=args.seed)
     os.makedirs(args.target, exist_ok=True)
-    side = os.path.join(args.target, "hugging_face")
+    side = os.path.join(args.target, ORIGINALS)
     released.keep_originals(folders, config, spare, side, OWN_TEMPLATE)
     save_model(args.target, config, params)
     missing = sorted(released.ALL_PARTS - parts)
@@ -40,28 +38,32 @@ def import_command(args):
 
 
 def export_command(args):
-    from r4b_jax.models.convert import CheckpointError
-
-    if os.path.exists(args.target) and os.listdir(args.target):
-        raise CheckpointError(f"{args.target} is not empty: choose another folder")
+    _expect_new(args.target)
     _export(args.source, args.target)
     print(f"{args.target} written")
 
 
+def _expect_new(target: str):
+    from r4b_jax.models.convert import CheckpointError
+
+    if os.path.exists(target) and os.listdir(target):
+        raise CheckpointError(f"{target} is not empty: choose another folder")
+
+
 def _export(source: str, target: str):
     """A converted checkpoint, or a stage of a run, as a Hugging Face folder."""
-    from r4b_jax.common.checkpoint import MODEL_FILE, restore_model
+    from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, restore_model
     from r4b_jax.data.conversation import OWN_TEMPLATE
     from r4b_jax.decoding.chat import load, run_of
     from r4b_jax.models import released
 
     if os.path.exists(os.path.join(source, MODEL_FILE)):
         config, params = restore_model(source)
-        released.write_folder(params, config, os.path.join(source, "hugging_face"), target)
+        released.write_folder(params, config, os.path.join(source, ORIGINALS), target)
         return
     model = load(source)
     if start := run_of(source).init_from:  # as the checkpoint it began from
-        side = os.path.join(start, "hugging_face")
+        side = os.path.join(start, ORIGINALS)
         released.write_folder(model.params, model.config, side, target)
         return
     with tempfile.TemporaryDirectory() as side:

@@ -78,7 +78,7 @@ def _beginning(config: Config, workdir: str):
     """
     import jax
 
-    from r4b_jax.common.checkpoint import model_sizes, restore_model
+    from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, model_sizes, restore_model
     from r4b_jax.data.worlds import world_tokenizer
     from r4b_jax.decoding.chat import talk
     from r4b_jax.models import r4b
@@ -86,7 +86,7 @@ def _beginning(config: Config, workdir: str):
     if not config.init_from:
         tokenizer = world_tokenizer(config.world, workdir)
         return tokenizer, r4b.init(config.model, jax.random.key(config.seed))
-    if not os.path.exists(os.path.join(config.init_from, "model.json")):
+    if not os.path.exists(os.path.join(config.init_from, MODEL_FILE)):
         raise ConfigError(
             f"config.init_from: {config.init_from} is no converted checkpoint; make one with "
             "python -m r4b_jax.convert import"
@@ -99,11 +99,9 @@ def _beginning(config: Config, workdir: str):
     changed = sorted(set(_differences(ours, theirs, "config.model")) - free)
     if changed:
         raise ConfigError(f"{config.init_from} holds another model: {', '.join(changed)} differ")
-    tokenizer, _, _ = talk(os.path.join(config.init_from, "hugging_face"))
+    tokenizer, _, _ = talk(os.path.join(config.init_from, ORIGINALS))
     tokenizer.save(workdir)
     shapes = jax.eval_shape(lambda: r4b.init(config.model, jax.random.key(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     return tokenizer, restore_model(config.init_from, shapes)[1]
 
 

@@ -7,6 +7,17 @@ from r4b_jax import config as c
 from r4b_jax.data import images
 from r4b_jax.data.examples import Example, Question, empty_batch, encode, encode_prompt, place
 
+# Every class of settings.
+CLASSES = (
+    c.VisionConfig,
+    c.LanguageConfig,
+    c.ModelConfig,
+    c.WorldConfig,
+    c.StageConfig,
+    c.BPOConfig,
+    c.GenerateConfig,
+    c.Config,
+)
 # No two sizes alike, heads that are no power of two, a theta that is not the default.
 MODEL = c.ModelConfig(
     vision=c.VisionConfig(

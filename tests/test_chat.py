@@ -21,9 +21,9 @@ from r4b_jax.config import to_config_dict
 from r4b_jax.data import conversation, dialogue
 from r4b_jax.data.conversation import Turn
 from r4b_jax.data.images import ImageError
-from r4b_jax.decoding.chat import template_of
 from r4b_jax.decoding.sampling import Sampling, truncate
 from r4b_jax.models.convert import CheckpointError
+from r4b_jax.models.released import template_of
 from r4b_jax.training.step import TrainState
 
 QUESTION = "What is the sum of the top and middle rows?"

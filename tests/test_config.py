@@ -9,20 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import CLASSES
 
 from r4b_jax import config as c
 
 ROOT = pathlib.Path(__file__).parent.parent
-CLASSES = (
-    c.VisionConfig,
-    c.LanguageConfig,
-    c.ModelConfig,
-    c.WorldConfig,
-    c.StageConfig,
-    c.BPOConfig,
-    c.GenerateConfig,
-    c.Config,
-)
 
 
 def names_read() -> set[str]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CONFIG, MODEL
+from helpers import CLASSES, CONFIG, MODEL
 
 from r4b_jax import config as c
 from r4b_jax import main
@@ -22,16 +22,6 @@ from r4b_jax.data.worlds import TOPICS
 from r4b_jax.rl import loop
 from r4b_jax.training.loop import run_stage
 
-CLASSES = (
-    c.VisionConfig,
-    c.LanguageConfig,
-    c.ModelConfig,
-    c.WorldConfig,
-    c.StageConfig,
-    c.BPOConfig,
-    c.GenerateConfig,
-    c.Config,
-)
 QUESTIONS = 3
 
 

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 
 from r4b_jax.config import ModelConfig, from_config_dict, to_config_dict
 
-MODEL_FILE = "model.json"
+# A converted checkpoint: its sizes, and what its Hugging Face folder held beside the weights.
+MODEL_FILE, ORIGINALS = "model.json", "hugging_face"
 
 
 class StageCheckpoints:
@@ -46,17 +47,10 @@ class StageCheckpoints:
     def restore(self, like):
         """The newest state, shaped and placed like the state `like` (numpy's arrays: on the default
         device), and its data counters."""
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=getattr(x, "sharding", device)
-            ),
-            _as_tree(like),
-        )
         restored = self.manager.restore(
             self.latest,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(_placed(_as_tree(like))), data=ocp.args.JsonRestore()
             ),
         )
         return type(like)(**restored["state"]), dict(restored["data"])
@@ -75,6 +69,17 @@ class StageCheckpoints:
 def _as_tree(state) -> dict:
     """The fields of a dataclass, not copied."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _placed(tree: dict) -> dict:
+    """What to restore: shapes and dtypes of a tree, on its own shardings or the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(x) -> jax.ShapeDtypeStruct:
+        where = getattr(x, "sharding", None) or device
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(place, tree)
 
 
 def save_model(folder: str, config: ModelConfig, params: dict):
@@ -97,15 +102,12 @@ def restore_model(folder: str, abstract: dict | None = None) -> tuple[ModelConfi
     """A model that `save_model` wrote: its sizes and its parameters.
 
     Args:
-      abstract: ShapeDtypeStructs with the dtypes and shardings wanted; None = as they were saved,
-        on the default device.
+      abstract: ShapeDtypeStructs with the dtypes and shardings wanted, on the default device where
+        they have none; None = the dtypes that were saved, there.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         path = os.path.join(os.path.abspath(folder), "params")
         if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                checkpointer.metadata(path).item_metadata.tree,
-            )
-        return model_sizes(folder), checkpointer.restore(path, abstract)
+            saved = checkpointer.metadata(path).item_metadata.tree
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+        return model_sizes(folder), checkpointer.restore(path, _placed(abstract))

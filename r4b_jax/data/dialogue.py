@@ -38,11 +38,11 @@ def prompt_ids(tokenizer: Tokenizer, question: str, image_tokens: list[int]) -> 
       image_tokens: how many image tokens each picture takes; [] = no picture.
     """
     ids = [tokenizer.control("<|im_start|>")]
-    before = "user " if image_tokens else "user"
+    before = "user "
     for count in image_tokens:
         ids += tokenizer.encode(before) + [tokenizer.image_id] * count
         before = "\n"
-    ids += tokenizer.encode(f"{'' if image_tokens else before}\n{question}")
+    ids += tokenizer.encode(("" if image_tokens else "user") + f"\n{question}")
     ids += [tokenizer.end_id, tokenizer.control("<|im_start|>")]
     return ids + tokenizer.encode("assistant\n") + [tokenizer.think_id]
 
@@ -93,8 +93,7 @@ def split_reply(tokenizer: Tokenizer, ids) -> Reply:
         ids = ids[: ids.index(tokenizer.end_id) + 1]
     closed = tokenizer.end_think_id in ids
     close = ids.index(tokenizer.end_think_id) if closed else len(ids)
+    thought = tokenizer.decode(ids[:close]).strip()
     if not ended or not closed:
-        thought = tokenizer.decode(ids[:close]).strip() if thinks else None
-        return Reply(thought, None, thinks, len(ids))
-    thought = tokenizer.decode(ids[:close]).strip() or None
-    return Reply(thought, tokenizer.decode(ids[close + 1 : -1]).strip(), thinks, len(ids))
+        return Reply(thought if thinks else None, None, thinks, len(ids))
+    return Reply(thought or None, tokenizer.decode(ids[close + 1 : -1]).strip(), thinks, len(ids))

@@ -15,7 +15,7 @@ from r4b_jax.data import conversation, dialogue, images
 from r4b_jax.data.conversation import Turn
 from r4b_jax.data.examples import Example, encode
 from r4b_jax.data.tokenizer import Tokenizer
-from r4b_jax.decoding.generate import Ids, advance, forced_array, pad_prompts, start
+from r4b_jax.decoding.generate import Ids, advance, forced_array, p_think, pad_prompts, start
 from r4b_jax.decoding.sampling import Sampling
 from r4b_jax.models import released
 from r4b_jax.models.convert import CheckpointError
@@ -141,8 +141,7 @@ class Model:
             self.ids,
             max_new_tokens=bucket,
         )
-        thinking, direct = np.asarray(mode_logps[0], np.float64)
-        p_think = float(1 / (1 + np.exp(direct - thinking)))
+        thinking = float(p_think(np.asarray(mode_logps[0], np.float64)))
         shown = {True: "", False: ""}
         while True:
             steps = min(STEPS, wanted - int(state.step))
@@ -157,7 +156,7 @@ class Model:
             if done:
                 reply = dialogue.split_reply(self.tokenizer, ids)
                 mode = "thinking" if reply.thinks else "non-thinking"
-                whole = Reply(reply.answer, reply.thought, mode, p_think, reply.num_tokens)
+                whole = Reply(reply.answer, reply.thought, mode, thinking, reply.num_tokens)
                 yield Piece("", False, whole)
                 return
 
@@ -201,7 +200,7 @@ def load(path: str | os.PathLike, dtype: str | None = None) -> Model:
     if not os.path.isdir(path):
         raise CheckpointError(f"there is no folder {path}")
     if os.path.exists(os.path.join(path, checkpoint.MODEL_FILE)):
-        talks = talk(os.path.join(path, "hugging_face"))
+        talks = talk(os.path.join(path, checkpoint.ORIGINALS))
         config, params = checkpoint.restore_model(path)
     elif is_stage(path):
         return _load_stage(path, dtype)
@@ -234,9 +233,9 @@ def _load_stage(path: str, dtype: str | None) -> Model:
     """From the newest checkpoint of a stage; settings and tokenizer lie in the work folder."""
     work, config = os.path.join(path, ".."), run_of(path)
     if config.init_from:
-        tokenizer, template, limit = talk(os.path.join(config.init_from, "hugging_face"))
+        tokenizer, template, limit = talk(os.path.join(config.init_from, checkpoint.ORIGINALS))
     else:
-        tokenizer, template = Tokenizer(_text(work, "tokenizer.json")), None
+        tokenizer, template = Tokenizer(released.read_text(work, "tokenizer.json")), None
         limit = config.generate.prompt_len + config.generate.max_new_tokens
     stage = checkpoint.StageCheckpoints(path)
     if stage.latest is None:
@@ -247,8 +246,8 @@ def _load_stage(path: str, dtype: str | None) -> Model:
 
 def talk(folder: str) -> tuple[Tokenizer, str | None, int]:
     """Tokenizer, chat template and context length of a Hugging Face folder."""
-    config = json.loads(_text(folder, "config.json"))
-    text = _text(folder, "tokenizer.json")
+    config = released.read_json(folder, "config.json")
+    text = released.read_text(folder, "tokenizer.json")
     if text is None:
         raise CheckpointError(f"{folder} has no tokenizer.json")
     image_id = config.get("image_token_index", config.get("image_token_id"))
@@ -257,25 +256,4 @@ def talk(folder: str) -> tuple[Tokenizer, str | None, int]:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     limit = config.get("text_config", {}).get("max_position_embeddings", 32768)
-    return tokenizer, template_of(folder), limit
-
-
-def template_of(folder: str) -> str | None:
-    """The chat template of a Hugging Face folder, wherever it keeps it."""
-    if (text := _text(folder, "chat_template.jinja")) is not None:
-        return text
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = json.loads(_text(folder, name) or "{}").get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if isinstance(template, str):
-            return template
-    return None
-
-
-def _text(folder: str, name: str) -> str | None:
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return f.read()
+    return tokenizer, released.template_of(folder), limit

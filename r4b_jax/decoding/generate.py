@@ -110,6 +110,11 @@ def forced_array(forced: list[list[int]], num_queries: int) -> np.ndarray:
     return out
 
 
+def p_think(mode_logps: np.ndarray) -> np.ndarray:
+    """P(thinking) against P(direct) from a Generation's `mode_logps` [..., 2]: [...]."""
+    return 1 / (1 + np.exp(mode_logps[..., 1] - mode_logps[..., 0]))
+
+
 @functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens"))
 def generate(
     config: ModelConfig,

@@ -14,7 +14,7 @@ from r4b_jax.data.examples import Question, encode_prompt
 from r4b_jax.data.loader import stream_seed
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import TOPICS, World
-from r4b_jax.decoding.generate import Ids, forced_array, generate, pad_prompts
+from r4b_jax.decoding.generate import Ids, forced_array, generate, p_think, pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 
 
@@ -73,12 +73,12 @@ def evaluate(
                 sampling=Sampling.of(),
             )
             out = jax.device_get(out)
-            p_think = 1 / (1 + np.exp(out.mode_logps[:, 1] - out.mode_logps[:, 0]))
+            thinking = p_think(out.mode_logps)
             for i, question in enumerate(batch):
                 for m, mode in enumerate(modes):
                     reply = dialogue.split_reply(tokenizer, out.tokens[i, m, : out.lengths[i, m]])
                     correct = reply.answer == question.answer
-                    records.append(Record(question, mode, reply, correct, float(p_think[i])))
+                    records.append(Record(question, mode, reply, correct, float(thinking[i])))
             progress.advance(len(batch))
     return records
 

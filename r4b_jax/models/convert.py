@@ -76,6 +76,7 @@ def released_name(name: str) -> str:
     return "model." + name.replace("projector.", "multi_modal_projector.", 1)
 
 
+@functools.cache
 def abstract(config: ModelConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Every leaf of the model's parameters by its path; no memory is taken."""
     shapes = jax.eval_shape(lambda: r4b.init(config, jax.random.key(0)))
@@ -83,6 +84,7 @@ def abstract(config: ModelConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
+@functools.cache
 def slots(config: ModelConfig) -> dict[str, tuple[Slot, tuple[int, ...]]]:
     """Canonical name -> where it goes, and the shape its tensor must have. The one table."""
     table = {}

@@ -146,11 +146,7 @@ def _tower(vision: dict, config: dict, preprocessor: dict | None) -> VisionConfi
         raise CheckpointError(
             "image_grid_pinpoints of config.json and preprocessor_config.json are different"
         )
-    if any(len(p) != 2 or p[0] % values["image_size"] or p[1] % values["image_size"] for p in ours):
-        raise CheckpointError(
-            f"image_grid_pinpoints are no whole tiles of {values['image_size']} pixels: {pinpoints}"
-        )
-    return VisionConfig(
+    tower = VisionConfig(
         image_size=values["image_size"],
         patch_size=values["patch_size"],
         width=values["hidden_size"],
@@ -162,6 +158,11 @@ def _tower(vision: dict, config: dict, preprocessor: dict | None) -> VisionConfi
         max_grid_tiles=int(aspect[11:]),
         **pixels,
     )
+    if not tower.grid_is_whole_tiles:
+        raise CheckpointError(
+            f"image_grid_pinpoints are no whole tiles of {tower.image_size} pixels: {pinpoints}"
+        )
+    return tower
 
 
 def _pixels(preprocessor: dict, image_size: int) -> dict:

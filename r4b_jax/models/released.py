@@ -56,7 +56,7 @@ def read_folder(path: str) -> Folder:
       CheckpointError: no config, an unknown kind of model, a shard that is missing, truncated, or
         without a tensor the index promises.
     """
-    config = _json(path, "config.json")
+    config = read_json(path, "config.json")
     if config is None:
         raise CheckpointError(f"{path} has no config.json: it is no Hugging Face checkpoint")
     if config.get("model_type") not in (*WHOLE, *TEXT, *VISION):
@@ -64,7 +64,7 @@ def read_folder(path: str) -> Folder:
             f"{path} is a {config.get('model_type')!r}, not one of "
             f"{', '.join(WHOLE + TEXT + VISION)}"
         )
-    index = _json(path, INDEX)
+    index = read_json(path, INDEX)
     promised = index["weight_map"] if index else {}
     tensors = {}
     for file in sorted(set(promised.values())) or [SINGLE]:
@@ -78,21 +78,41 @@ def read_folder(path: str) -> Folder:
         raise CheckpointError(
             f"{len(promised)} tensors of the index are not in their shards: {name} not in {file}"
         )
-    preprocessor = _json(path, "preprocessor_config.json")
+    preprocessor = read_json(path, "preprocessor_config.json")
     if preprocessor is None:  # transformers 5 keeps it inside the processor's file
-        preprocessor = (_json(path, "processor_config.json") or {}).get("image_processor")
+        preprocessor = (read_json(path, "processor_config.json") or {}).get("image_processor")
     return Folder(path, config, preprocessor, tensors)
 
 
-def _json(folder: str, name: str) -> dict | None:
+def read_text(folder: str, name: str) -> str | None:
+    """A file's text, or None if the folder does not have it."""
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from None
+        return f.read()
+
+
+def read_json(folder: str, name: str) -> dict | None:
+    """A file's JSON, or None if the folder does not have it."""
+    text = read_text(folder, name)
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{os.path.join(folder, name)} is not JSON: {error}") from None
+
+
+def template_of(folder: str) -> str | None:
+    """The chat template of a Hugging Face folder, wherever it keeps it."""
+    if (text := read_text(folder, "chat_template.jinja")) is not None:
+        return text
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = (read_json(folder, name) or {}).get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def _headers(folder: str, file: str) -> list[Tensor]:
@@ -137,6 +157,7 @@ def describe(folders: list[Folder]) -> tuple[ModelConfig, set[str]]:
     # Of the tower's own processor only the pixels' mean and std: AnyRes resizes in its own way.
     names = ("image_mean", "image_std")
     pixels = {n: v for n, v in (vision[0].preprocessor or {}).items() if n in names}
+    # Its errors are told before any weight is read.
     _with_image_token(text[0].path, both["text_config"].get("vocab_size", 0))
     return model_config(both, pixels), {"vision_tower", "language_model"}
 
@@ -247,7 +268,7 @@ def _with_image_token(folder: str, vocab_size: int) -> tuple[dict, int]:
     Raises:
       CheckpointError: no tokenizer, or no room in the vocabulary.
     """
-    spec = _json(folder, "tokenizer.json")
+    spec = read_json(folder, "tokenizer.json")
     if spec is None:
         raise CheckpointError(f"{folder} has no tokenizer.json")
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -297,16 +318,11 @@ def write_side_files(
     _write_json(os.path.join(folder, "processor_config.json"), processor)
     if not os.path.exists(path := os.path.join(folder, "tokenizer_config.json")):
         _write_json(path, tokens)
-    if not _has_template(folder):
+    if template_of(folder) is None:
         with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as f:
             f.write(template)
     with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as f:
         f.write(tokenizer)
-
-
-def _has_template(folder: str) -> bool:
-    config = _json(folder, "tokenizer_config.json") or {}
-    return os.path.exists(os.path.join(folder, "chat_template.jinja")) or "chat_template" in config
 
 
 def _write_json(path: str, value):
@@ -326,7 +342,7 @@ def write_folder(
     os.makedirs(target, exist_ok=True)
     for name in side_files(originals):
         shutil.copy2(os.path.join(originals, name), os.path.join(target, name))
-    layout = _json(originals, "layout.json") or _fresh_layout(params, config, max_shard_bytes)
+    layout = read_json(originals, "layout.json") or _fresh_layout(params, config, max_shard_bytes)
     files: dict[str, list[str]] = {}
     for name, entry in layout.items():
         files.setdefault(entry["file"], []).append(name)

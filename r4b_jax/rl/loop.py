@@ -24,6 +24,7 @@ from r4b_jax.data.examples import Question
 from r4b_jax.data.loader import pick_topic, stream_seed
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import World
+from r4b_jax.decoding.generate import p_think
 from r4b_jax.evaluation.evaluate import evaluate, summarize, test_questions
 from r4b_jax.models import r4b
 from r4b_jax.rl.objectives import clipped_objective, group_advantages, old_logps
@@ -220,11 +221,10 @@ def rollout_metrics(rollouts: Rollouts, rewards: np.ndarray, advantages: np.ndar
             by_mode["thinking" if reply.thinks else "non-thinking"].append(
                 (rewards[q, r], reply.num_tokens, reply.answer is None)
             )
-    mode_logps = rollouts.generation.mode_logps
     known = ~np.isnan(rewards)
     metrics = {
         "reward/mean": float(rewards[known].mean()) if known.any() else 0.0,
-        "p_think": float(np.mean(1 / (1 + np.exp(mode_logps[:, 1] - mode_logps[:, 0])))),
+        "p_think": float(np.mean(p_think(rollouts.generation.mode_logps))),
         "think_rate": len(by_mode["thinking"]) / rewards.size,
         "degenerate_groups": float(np.mean(~np.any(advantages != 0, 1))),
         "unrewarded": float(np.mean(~known)),

@@ -23,13 +23,7 @@ def trainable(stage: StageConfig) -> tuple[str, ...]:
 def schedule(peak: float, stage: StageConfig) -> optax.Schedule:
     """Linear warm-up, then cosine to `final_lr_ratio` of the peak, or constant."""
     if stage.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0,
-            peak,
-            stage.warmup_steps,
-            max(stage.num_steps, stage.warmup_steps + 1),
-            peak * stage.final_lr_ratio,
-        )
+        return _cosine(peak, stage)
     if stage.schedule == "constant":
         warmup = optax.linear_schedule(0.0, peak, stage.warmup_steps)
         return optax.join_schedules([warmup, optax.constant_schedule(peak)], [stage.warmup_steps])
@@ -50,14 +44,15 @@ def stage_optimizer(stage: StageConfig) -> optax.GradientTransformation:
 
 def bpo_optimizer(bpo: BPOConfig) -> optax.GradientTransformation:
     """The optimiser of BPO, over all components: a warm-up, then cosine to `final_lr_ratio`."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        bpo.learning_rate,
-        bpo.warmup_steps,
-        max(bpo.num_steps, bpo.warmup_steps + 1),
-        bpo.learning_rate * bpo.final_lr_ratio,
-    )
+    rate = _cosine(bpo.learning_rate, bpo)
     return optax.chain(optax.clip_by_global_norm(bpo.max_grad_norm), _adamw(rate, bpo))
+
+
+def _cosine(peak: float, settings: StageConfig | BPOConfig) -> optax.Schedule:
+    """Linear warm-up, then cosine to `final_lr_ratio` of the peak at `num_steps`."""
+    steps = max(settings.num_steps, settings.warmup_steps + 1)
+    end = peak * settings.final_lr_ratio
+    return optax.warmup_cosine_decay_schedule(0.0, peak, settings.warmup_steps, steps, end)
 
 
 def _component_optimizer(rate: optax.Schedule, stage: StageConfig):
