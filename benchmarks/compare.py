@@ -1,4 +1,4 @@
-"""What both benchmarks share: sides that take turns, each in a process of its own and on one core.
+"""What the benchmarks share: sides that take turns, each in a process of its own and on one core.
 
 A round runs every side once, and a ratio is taken within a round, so that a machine that becomes
 slower or faster between rounds changes both. What is reported are medians over the rounds.
@@ -17,17 +17,17 @@ sys.path.insert(0, os.path.join(HERE, "peers"))
 import measure  # noqa: E402
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The flags of both benchmarks: the peers' and those of taking turns."""
-    p = measure.parser(description)
+def parser(description: str, work: dict = measure.GROUPS) -> argparse.ArgumentParser:
+    """The flags of all benchmarks: the peers' and those of taking turns."""
+    p = measure.parser(description, work=work)
     p.add_argument("--rounds", type=int, default=3, help="rounds; each side runs once in each")
     p.add_argument("--torch-python", help="Python with transformers and trl: peers/README.md")
     p.add_argument("--tunix-python", help="Python with google-tunix: peers/README.md")
-    p.add_argument(
-        "--growth", action="store_true", help="instead: our cost at 2g = 4, 8, 16, 32, two prompts"
-    )
     p.add_argument("--side", help="one side alone, in this process: how the others are started")
-    p.set_defaults(shared_prefix=True)
+    if work is measure.GROUPS:
+        text = "instead: our cost at 2g = 4, 8, 16, 32, two prompts"
+        p.add_argument("--growth", action="store_true", help=text)
+        p.set_defaults(shared_prefix=True)
     return p
 
 
@@ -50,7 +50,7 @@ def timed(run, repeats: int) -> dict:
 
 def flags_of(args) -> list[str]:
     """The sizes, as flags for another process."""
-    names = ("model", "prompts", "samples", "prompt_length", "new_tokens")
+    names = ("model", *args.size_names)
     return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
 
 

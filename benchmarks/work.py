@@ -1,27 +1,31 @@
 """The work that is timed, in this project's terms: the models and sizes of `peers/sizes.py`.
 
 W1: 8 prompts of 600 tokens, 16 replies of 128 tokens to each. W2: one update on those sequences.
-M1 sees: 592 of a prompt's tokens are a picture's (9 tiles and newlines). M2 is its decoder alone.
+W3: one supervised step on 8 rows of 1,024 tokens. M1 sees: 592 of a prompt's tokens, or of a row's,
+are a picture's (9 tiles and newlines). M2 is its decoder alone.
 """
 
+import dataclasses
 import functools
 import types
 
 import jax
+import measure
 import numpy as np
 import sizes
 
 from r4b_jax import config as c
 from r4b_jax.data import images
 from r4b_jax.data.dialogue import Reply
-from r4b_jax.data.examples import Example, Question, encode
-from r4b_jax.decoding.generate import Generation, Ids, forced_array, generate, pad_prompts
+from r4b_jax.data.examples import Example, Packer, Question, encode
+from r4b_jax.decoding.generate import Generation, Ids, forced_array, generate
+from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 from r4b_jax.models import r4b
 from r4b_jax.rl.rollout import Rollouts, pack_rollouts
 from r4b_jax.rl.update import make_update, reference_pass, update
-from r4b_jax.training.optimizer import bpo_optimizer
-from r4b_jax.training.step import init_state
+from r4b_jax.training.optimizer import bpo_optimizer, stage_optimizer, trainable
+from r4b_jax.training.step import init_state, make_train_step
 
 THINKING, DIRECT, END_THINK = 1, 2, 3  # of no use here: replies begin freely
 TOKENIZER = types.SimpleNamespace(
@@ -60,7 +64,7 @@ def model_config() -> c.ModelConfig:
         norm_eps=sizes.NORM_EPS,
     )
     return c.ModelConfig(
-        vision, language, projector_norm=False, compute_dtype="float32", remat=False
+        vision, language, projector_norm=False, compute_dtype="float32", remat="matmuls"
     )
 
 
@@ -89,17 +93,23 @@ def setup(args) -> c.Config:
 
 def prompts(config: c.Config, *, sees: bool) -> list[Example]:
     """Random prompts, with a picture in each for M1."""
-    rng, out = np.random.default_rng(0), []
-    for _ in range(config.bpo.num_queries):
-        tokens = rng.integers(*sizes.WORDS, config.generate.prompt_len)
-        pictures = []
-        if sees:
-            shape = (sizes.IMAGE_HEIGHT, sizes.IMAGE_WIDTH, 3)
-            pictures = images.prepare([rng.integers(0, 256, shape, np.uint8)], config.model.vision)
-            first = sizes.IMAGE_AT
-            tokens[first : first + len(pictures[0].index)] = sizes.IMAGE_TOKEN
-        out.append(encode(TOKENIZER, config.model.vision, tokens, np.zeros(len(tokens)), pictures))
-    return out
+    rng, vision, length = np.random.default_rng(0), config.model.vision, config.generate.prompt_len
+    return [
+        example(rng, vision, length, sees=sees, learns=False) for _ in range(config.bpo.num_queries)
+    ]
+
+
+def example(rng, vision: c.VisionConfig, length: int, *, sees: bool, learns: bool) -> Example:
+    """A random sequence, with a picture near its start if it `sees`; if it `learns`, with loss on
+    all its text but the first token, which nothing predicts."""
+    tokens, pictures = rng.integers(*sizes.WORDS, length), []
+    if sees:
+        shape = (sizes.IMAGE_HEIGHT, sizes.IMAGE_WIDTH, 3)
+        pictures = images.prepare([rng.integers(0, 256, shape, np.uint8)], vision)
+        first = sizes.IMAGE_AT
+        tokens[first : first + len(pictures[0].index)] = sizes.IMAGE_TOKEN
+    loss = (tokens != sizes.IMAGE_TOKEN) & (np.arange(length) > 0) & learns
+    return encode(TOKENIZER, vision, tokens, loss, pictures)
 
 
 def rollout(args):
@@ -164,6 +174,36 @@ def bpo_step(args):
         reference = reference_pass(config, parts, params, batches)
         state, metrics = update(config, parts, state, batches, advantages, reference)
         jax.block_until_ready(state.params)
+        return metrics
+
+    return run
+
+
+def train_step(args):
+    """W3: a function of the repeat's number that does it once and returns the metrics."""
+    sees, length = args.model == "m1", measure.document_length(args)
+    model = dataclasses.replace(model_config(), remat=args.remat)
+    rate = sizes.LEARNING_RATE
+    stage = c.StageConfig(
+        optimizer="adamw",
+        schedule="constant",
+        lr_language=rate,
+        lr_vision=rate if sees else 0.0,
+        lr_projector=rate if sees else 0.0,
+        weight_decay=0.01,
+        max_grad_norm=sizes.CLIP_NORM,
+    )
+    tiles, rng = sizes.IMAGE_TILES if sees else 0, np.random.default_rng(0)
+    packer = Packer(args.rows, args.row_length, tiles, model.vision, sizes.PAD)
+    for _ in range(args.rows * args.documents):
+        assert packer.add(example(rng, model.vision, length, sees=sees, learns=True))
+    assert (packer.used == args.row_length).all()
+    state = init_state(r4b.init(model, jax.random.key(0)), stage_optimizer(stage), trainable(stage))
+    step = make_train_step(model, stage)
+
+    def run(_: int) -> dict:
+        nonlocal state
+        state, metrics = jax.block_until_ready(step(state, packer.batch))
         return metrics
 
     return run

@@ -43,7 +43,7 @@ def get_config(size: str = "full"):
                 rope_theta=5e3,
             ),
             compute_dtype="float32",
-            remat=False,
+            remat="matmuls",
             loss_chunk=2048,
         ),
         world=c.WorldConfig(vocab_size=512, think_share_reasoning=0.38),

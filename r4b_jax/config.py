@@ -79,9 +79,20 @@ class ModelConfig:
     projector_norm: bool = True  # R-4B's LayerNorm before the projector; LLaVA-OneVision has none
     projector_norm_eps: float = 1e-6
     compute_dtype: str = "bfloat16"  # of activations; parameters are always float32
-    # The backward pass recomputes each layer; False: what lies between its matrix products alone.
-    remat: bool = True
+    # What the backward pass computes again: "full" a layer from its input | "offload" the same, and
+    # the inputs wait in host memory | "attention" all but the attention | "matmuls" only what lies
+    # between matrix products
+    remat: str = "full"
     loss_chunk: int = 1024  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what (common/sharding.py). One size may be 0: what is left."""
+
+    data: int = 1  # copies of the parameters
+    fsdp: int = 0  # devices a copy is split over; rows are split over data x fsdp
+    tensor: int = 1  # devices that share the heads and hidden units of the same rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,7 @@ class StageConfig:
     objective: str = "next_token"
     num_steps: int = 0
     batch_rows: int = 1  # packed sequences a batch
+    micro_rows: int = 0  # rows a device computes at once, its others after them; 0 = all its rows
     packed_len: int = 256  # tokens a packed sequence
     packed_tiles: int = 8  # image tiles a packed sequence
     lr_projector: float = 0.0
@@ -122,6 +134,7 @@ class StageConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     b2: float = 0.95
+    moment_dtype: str = "float32"  # of the first moment; "bfloat16" saves two bytes a parameter
     max_grad_norm: float = 1.0
 
 
@@ -149,7 +162,7 @@ class BPOConfig:
     updates_per_rollout: int = 1
     packed_len: int = 512  # tokens a packed row of prompts and replies
     packed_tiles: int = 4
-    micro_rows: int = 4  # rows whose gradients are computed at once
+    micro_rows: int = 4  # rows a device computes the gradients of at once
     temperature: float = 1.0
     # The next step's rollouts are sampled while this step's rewards are computed: their policy is
     # one step old, and the ratio is taken to it.
@@ -165,6 +178,7 @@ class BPOConfig:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     b2: float = 0.95
+    moment_dtype: str = "float32"  # of the first moment, as in a stage
     max_grad_norm: float = 1.0
     eval_every: int = 20  # steps between small evaluations in auto mode (figures 8 and 9)
     eval_questions: int = 100  # a topic, in those
@@ -182,10 +196,15 @@ class GenerateConfig:
     # has ended the next enters. Memory and the time of a step grow with their product.
     queries_at_once: int = 16
     rollouts_at_once: int = 8
+    # Devices that hold one copy of the parameters together while generating; queries are spread
+    # over the copies.
+    tensor: int = 1
 
 
 # The parts of the model: the names at the top of its parameters.
 COMPONENTS = ("vision_tower", "projector", "image_newline", "language_model")
+REMATS = ("full", "offload", "attention", "matmuls")
+MOMENTS = ("float32", "bfloat16")
 STAGES = ("language", "vision", "warmup", "alignment", "joint", "annealing")  # in order; then BPO
 
 
@@ -195,6 +214,7 @@ class Config:
     seed: int = 0
     init_from: str = ""  # folder of a converted checkpoint to start from; "" = random weights
     model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
     world: WorldConfig = WorldConfig()
     language: StageConfig = (
         StageConfig()
@@ -297,136 +317,3 @@ def _convert(kind, value, path: str):
     if type(value) is not kind:
         raise ConfigError(f"{path} takes {kind.__name__}, not {type(value).__name__} {value!r}")
     return value
-
-
-def check(config: Config):
-    """Refuse settings that cannot work together, before anything is computed.
-
-    Raises:
-      ConfigError: the message names the settings and what to change.
-    """
-    language, vision = config.model.language, config.model.vision
-    rules = [
-        (
-            language.num_heads % language.num_kv_heads == 0,
-            f"model.language.num_heads ({language.num_heads}) must be a multiple of "
-            f"num_kv_heads ({language.num_kv_heads})",
-        ),
-        (
-            vision.width % vision.num_heads == 0,
-            f"model.vision.width ({vision.width}) must be a multiple of num_heads "
-            f"({vision.num_heads})",
-        ),
-        (
-            vision.grid_is_whole_tiles,
-            f"model.vision.grid_pinpoints are (height, width) in whole tiles of "
-            f"{vision.image_size} pixels, not {vision.grid_pinpoints}",
-        ),
-        _at_least("model.vision.max_grid_tiles", vision.max_grid_tiles, 1),
-        (
-            config.world.vocab_size <= language.vocab_size,
-            f"world.vocab_size ({config.world.vocab_size}) must not exceed "
-            f"model.language.vocab_size ({language.vocab_size})",
-        ),
-        _at_least("log_every", config.log_every, 1),
-        _at_least("checkpoint_every", config.checkpoint_every, 1),
-        *_generate_rules(config.generate, vision),
-        *_bpo_rules(config.bpo, config.generate),
-    ]
-    for name in STAGES:
-        stage = getattr(config, name)
-        runs = stage.num_steps > 0
-        rate = stage.lr_projector + stage.lr_vision + stage.lr_language
-        rules += [
-            _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
-            _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
-            _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
-            _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
-            (
-                not runs
-                or stage.objective == "next_token"
-                or (stage.packed_tiles == 1 and not vision.grid_pinpoints),
-                f"{name}.objective caption_words takes one tile a row: {name}.packed_tiles = 1 and "
-                "model.vision.grid_pinpoints = ()",
-            ),
-            (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
-            (not runs or bool(stage.topics), f"{name} has no data: give it topics"),
-        ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(f"config.{message}")
-
-
-def _generate_rules(generate: GenerateConfig, vision: VisionConfig) -> list[tuple[bool, str]]:
-    """The rules of `check` for decoding."""
-    longest = generate.max_new_tokens
-    return [
-        _at_least("generate.max_new_tokens", longest, 3),  # the direct mode forces two
-        (
-            generate.max_direct_tokens in (0, *range(3, longest + 1)),
-            f"generate.max_direct_tokens ({generate.max_direct_tokens}) is 0 or from 3 to "
-            f"generate.max_new_tokens ({longest})",
-        ),
-        _at_least("generate.queries_at_once", generate.queries_at_once, 1),
-        _at_least("generate.rollouts_at_once", generate.rollouts_at_once, 1),
-        (
-            vision.num_patches < generate.prompt_len,
-            f"generate.prompt_len ({generate.prompt_len}) must hold a picture's "
-            f"{vision.num_patches} tokens and the question",
-        ),
-    ]
-
-
-def _bpo_rules(bpo: BPOConfig, generate: GenerateConfig) -> list[tuple[bool, str]]:
-    """The rules of `check` for BPO."""
-    prompt_len, new_len = generate.prompt_len, generate.max_new_tokens
-    return [
-        _one_of("bpo.algorithm", bpo.algorithm, ("bpo", "grpo")),
-        _one_of("bpo.mode_tokens", bpo.mode_tokens, ("mask", "policy", "behaviour")),
-        _at_least("bpo.g", bpo.g, 1),
-        _at_least("bpo.updates_per_rollout", bpo.updates_per_rollout, 1),
-        _at_least("bpo.eval_every", bpo.eval_every, 1),
-        (bpo.num_steps == 0 or bool(bpo.topics), "bpo has no data: give it topics"),
-        (
-            bpo.num_steps == 0 or bool(set(bpo.rewards) & set(bpo.topics)),
-            f"bpo learns nothing: bpo.rewards names {', '.join(bpo.rewards) or 'no topic'}, "
-            f"bpo.topics {', '.join(bpo.topics)}",
-        ),
-        _at_least("bpo.reward_workers", bpo.reward_workers, 0),
-        (bpo.reward_deadline > 0, f"bpo.reward_deadline is above 0, not {bpo.reward_deadline}"),
-        (bpo.max_importance >= 1, f"bpo.max_importance is at least 1, not {bpo.max_importance}"),
-        *[_one_of("bpo.frozen", name, COMPONENTS) for name in bpo.frozen],
-        (set(bpo.frozen) < set(COMPONENTS), "bpo trains nothing: bpo.frozen names every component"),
-        (
-            bpo.temperature == 1 or not (bpo.overlap_rewards or bpo.int8_rollouts),
-            "bpo.overlap_rewards and bpo.int8_rollouts compare the policy with its sampler: that "
-            f"needs bpo.temperature = 1, not {bpo.temperature}",
-        ),
-        (
-            not (bpo.overlap_rewards and bpo.int8_rollouts),
-            "bpo.overlap_rewards and bpo.int8_rollouts both leave the policy in ways of their own: "
-            "choose one",
-        ),
-        (
-            bpo.temperature > 0,
-            f"bpo.temperature must be above 0, not {bpo.temperature}: greedy rollouts explore "
-            "nothing",
-        ),
-        (
-            prompt_len + new_len <= bpo.packed_len,
-            f"bpo.packed_len ({bpo.packed_len}) must hold generate.prompt_len ({prompt_len}) + "
-            f"generate.max_new_tokens ({new_len})",
-        ),
-    ]
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
-    """A rule of `check`: a named choice."""
-    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-    message = f"{name} is one of {', '.join(allowed)}, not {value!r}; did you mean {near}?"
-    return value in allowed, message
-
-
-def _at_least(name: str, value: int, least: int) -> tuple[bool, str]:
-    """A rule of `check`: a lower bound."""
-    return value >= least, f"{name} must be at least {least}, not {value}"

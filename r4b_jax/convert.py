@@ -20,14 +20,17 @@ QUESTION = "What is shown in the picture?"
 
 def import_command(args):
     from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, save_model
-    from r4b_jax.common.sharding import spread
+    from r4b_jax.common.sharding import training_mesh
+    from r4b_jax.config import MeshConfig
     from r4b_jax.data.conversation import OWN_TEMPLATE
     from r4b_jax.models import released
+    from r4b_jax.models.layers import param_placement
 
     _expect_new(args.target)
     folders = [released.read_folder(source) for source in args.sources]
     config, parts = released.describe(folders)
-    params, spare = released.load_params(folders, config, parts, sharding=spread, seed=args.seed)
+    where = param_placement(training_mesh(MeshConfig()))
+    params, spare = released.load_params(folders, config, parts, sharding=where, seed=args.seed)
     os.makedirs(args.target, exist_ok=True)
     side = os.path.join(args.target, ORIGINALS)
     released.keep_originals(folders, config, spare, side, OWN_TEMPLATE)

@@ -6,6 +6,7 @@ The same command again continues where it stopped, or shows the report if it is 
 checked before anything heavy is imported, so a mistake is told at once.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,15 +18,27 @@ from r4b_jax.config import (
     STAGES,
     Config,
     ConfigError,
-    check,
     check_overrides,
     from_config_dict,
     to_config_dict,
 )
 from r4b_jax.rl.rewards import find
+from r4b_jax.rules import check
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file: configs/tiny.py, or configs/tiny.py:smoke.", lock_config=True
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of a pod or cluster, whose environment tells which: TPU pods, SLURM, "
+    "MPI, Kubernetes. Elsewhere give the three flags below.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first process.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_TRACE_STEPS = flags.DEFINE_integer(
+    "trace_steps", 0, "Profile so many steps of each stage into <workdir>/trace, for xprof."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -34,7 +47,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def run(config: Config, workdir: str) -> dict:
+def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
     """All stages, both evaluations and the report; returns the content of report.json.
 
     Raises:
@@ -46,9 +59,22 @@ def run(config: Config, workdir: str) -> dict:
             find(name)
         except ValueError as error:
             raise ConfigError(f"config.bpo.rewards: {error}") from None
-    claim(config, workdir)
-
     # Heavy imports: only now that the settings are known to be good.
+    import jax
+
+    from r4b_jax.common import processes, sharding
+
+    with processes.first_goes_first("claim"):
+        claim(config, workdir)
+    mesh = sharding.training_mesh(config.mesh)
+    sharding.check_work(config, mesh)
+    with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
+        return _run(config, workdir, trace_steps)
+
+
+def _run(config: Config, workdir: str, trace_steps: int) -> dict:
+    """`run`, where the settings are good and the mesh stands."""
+    from r4b_jax.common import processes
     from r4b_jax.evaluation import report
 
     if (content := report.read(workdir)) is not None:
@@ -60,38 +86,72 @@ def run(config: Config, workdir: str) -> dict:
     from r4b_jax.training.loop import run_stage
 
     clock = report.StageClock(workdir)
-    with clock("preparation"):
-        tokenizer, params = _beginning(config, workdir)
+    with clock("preparation"), processes.first_goes_first("preparation"):
+        tokenizer = _tokenizer(config, workdir)
+    params = _params(config)
     for name in STAGES:
         if getattr(config, name).num_steps > 0:
             with clock(name):
-                params = run_stage(config, name, params, tokenizer, workdir)
+                params = run_stage(config, name, params, tokenizer, workdir, trace_steps)
     with clock("evaluation"):
         evaluate_once(config, params, tokenizer, workdir, "before")
     if config.bpo.num_steps > 0:
         with clock("bpo"):
-            params = run_bpo(config, params, tokenizer, workdir)
+            params = run_bpo(config, params, tokenizer, workdir, trace_steps)
         with clock("evaluation"):
             evaluate_once(config, params, tokenizer, workdir, "after")
-    return report.write(config, workdir, clock.seconds)
+    with processes.first_goes_first("report"):
+        if processes.is_first():
+            return report.write(config, workdir, clock.seconds)
+    return report.read(workdir)
 
 
-def _beginning(config: Config, workdir: str):
-    """Tokenizer and parameters before the first stage: the checkpoint's, or the world's and random.
+def _tokenizer(config: Config, workdir: str):
+    """The checkpoint's tokenizer, or that of the small world."""
+    from r4b_jax.common.checkpoint import ORIGINALS
+    from r4b_jax.data.worlds import world_tokenizer
+    from r4b_jax.decoding.chat import talk
+
+    if not config.init_from:
+        return world_tokenizer(config.world, workdir)
+    _check_model(config)
+    tokenizer, _, _ = talk(os.path.join(config.init_from, ORIGINALS))
+    tokenizer.save(workdir)
+    return tokenizer
+
+
+def _params(config: Config) -> dict:
+    """The parameters before the first stage, on the mesh: the checkpoint's, or random.
 
     Raises:
-      ConfigError: the checkpoint's model is not `config.model`; the message names what differs.
+      ConfigError: the mesh does not divide them.
     """
     import jax
 
-    from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, model_sizes, restore_model
-    from r4b_jax.data.worlds import world_tokenizer
-    from r4b_jax.decoding.chat import talk
+    from r4b_jax.common import sharding
+    from r4b_jax.common.checkpoint import restore_model
     from r4b_jax.models import r4b
+    from r4b_jax.models.layers import logical_axes
 
-    if not config.init_from:
-        tokenizer = world_tokenizer(config.world, workdir)
-        return tokenizer, r4b.init(config.model, jax.random.key(config.seed))
+    def init():
+        return sharding.pin(r4b.init(config.model, jax.random.key(config.seed)), logical_axes)
+
+    mesh = sharding.current()
+    shapes = sharding.abstract(jax.eval_shape(init), logical_axes, mesh)
+    if mesh is not None:
+        sharding.check_replication(shapes)
+    if config.init_from:
+        return restore_model(config.init_from, shapes)[1]
+    return init() if mesh is None else jax.jit(init)()
+
+
+def _check_model(config: Config):
+    """
+    Raises:
+      ConfigError: the checkpoint's model is not `config.model`; the message names what differs.
+    """
+    from r4b_jax.common.checkpoint import MODEL_FILE, model_sizes
+
     if not os.path.exists(os.path.join(config.init_from, MODEL_FILE)):
         raise ConfigError(
             f"config.init_from: {config.init_from} is no converted checkpoint; make one with "
@@ -105,10 +165,6 @@ def _beginning(config: Config, workdir: str):
     changed = sorted(set(_differences(ours, theirs, "config.model")) - free)
     if changed:
         raise ConfigError(f"{config.init_from} holds another model: {', '.join(changed)} differ")
-    tokenizer, _, _ = talk(os.path.join(config.init_from, ORIGINALS))
-    tokenizer.save(workdir)
-    shapes = jax.eval_shape(lambda: r4b.init(config.model, jax.random.key(0)))
-    return tokenizer, restore_model(config.init_from, shapes)[1]
 
 
 def claim(config: Config, workdir: str):
@@ -141,25 +197,25 @@ def _differences(ours: dict, theirs: dict, path: str = "config"):
             yield f"{path}.{key}"
 
 
-def _parse(argv):
+def parse(argv):
     """Flags; a mistake in them is one line and exit code 2."""
     try:
         check_overrides(argv)
         rest = flags.FLAGS(argv)
-        if _CONFIG.value is None:
+        if CONFIG.value is None:
             raise ConfigError("--config is missing; try --config=configs/tiny.py")
-        _ = _CONFIG.value.seed  # a config file that cannot be read raises here
+        _ = CONFIG.value.seed  # a config file that cannot be read raises here
     except (flags.Error, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         key = str(error).strip("'\"")
         names = [arg.lstrip("-").partition("=")[0] for arg in argv]
         missing = [name for name in names if name.endswith(f".{key}")]
         if missing:  # ml_collections names no more than the key
             error = ConfigError(f"{missing[0]} is not in the config file; write it there")
-        _stop(error)
+        stop(error)
     return rest
 
 
-def _stop(error: Exception):
+def stop(error: Exception):
     """One line to standard error, and exit code 2."""
     text = " ".join(str(error.args[0] if error.args else error).split())
     print(f"r4b_jax: {text}", file=sys.stderr)
@@ -168,16 +224,22 @@ def _stop(error: Exception):
 
 def main(argv):
     if len(argv) > 1:
-        _stop(
+        stop(
             ConfigError(f"unknown argument {argv[1]!r}; settings are given as --config.name=value")
         )
     logging.set_verbosity(logging.WARNING)  # the libraries' chatter; our own goes to the console
     try:
-        config = from_config_dict(Config, _CONFIG.value)
-        run(config, _WORKDIR.value or os.path.join("runs", f"{config.name}-seed{config.seed}"))
+        config = from_config_dict(Config, CONFIG.value)
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            check(config)
+            from r4b_jax.common import processes
+
+            processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        name = os.path.join("runs", f"{config.name}-seed{config.seed}")
+        run(config, _WORKDIR.value or name, _TRACE_STEPS.value)
     except ConfigError as error:
-        _stop(error)
+        stop(error)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

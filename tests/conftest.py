@@ -14,8 +14,8 @@ from helpers import MODEL
 from r4b_jax import config as c
 from r4b_jax.data.tokenizer import Tokenizer, train_tokenizer
 from r4b_jax.data.worlds import corpus
-from r4b_jax.decoding.sampling import ban
 from r4b_jax.models import r4b
+from r4b_jax.models.vocabulary import ban
 from r4b_jax.training.losses import token_logps
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the suite's time

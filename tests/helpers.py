@@ -12,6 +12,7 @@ CLASSES = (
     c.VisionConfig,
     c.LanguageConfig,
     c.ModelConfig,
+    c.MeshConfig,
     c.WorldConfig,
     c.StageConfig,
     c.BPOConfig,
@@ -43,7 +44,7 @@ MODEL = c.ModelConfig(
     ),
     projector_norm_eps=1e-5,
     compute_dtype="float32",
-    remat=False,
+    remat="matmuls",
     loss_chunk=64,
 )
 CONFIG = c.Config(

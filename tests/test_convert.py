@@ -320,7 +320,7 @@ def test_training_goes_on_from_a_converted_checkpoint(folder, tiny, tmp_path):
         smoke,
         **idle,
         init_from=str(tmp_path / "checkpoint"),
-        model=dataclasses.replace(sizes, compute_dtype="float32", remat=False, loss_chunk=64),
+        model=dataclasses.replace(sizes, compute_dtype="float32", remat="matmuls", loss_chunk=64),
         world=dataclasses.replace(smoke.world, vocab_size=300),
         generate=c.GenerateConfig(prompt_len=200, max_new_tokens=4, batch_size=5),
         bpo=dataclasses.replace(smoke.bpo, num_steps=0),
@@ -351,14 +351,17 @@ def test_training_goes_on_from_a_converted_checkpoint(folder, tiny, tmp_path):
 EIGHT_DEVICES = """
 import sys, jax, numpy as np
 from r4b_jax.models import released
-from r4b_jax.common.sharding import spread
+from r4b_jax.common.sharding import training_mesh
+from r4b_jax.config import MeshConfig
+from r4b_jax.models.layers import param_placement
 folder = [released.read_folder(sys.argv[1])]
 config, parts = released.describe(folder)
 one, _ = released.load_params(folder, config, parts)
-eight, _ = released.load_params(folder, config, parts, sharding=spread)
+where = param_placement(training_mesh(MeshConfig(data=4)))
+eight, _ = released.load_params(folder, config, parts, sharding=where)
 assert len(jax.devices()) == 8
 assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, eight)))
-split = [x for x in jax.tree.leaves(eight) if x.addressable_shards[0].data.size * 8 == x.size]
+split = [x for x in jax.tree.leaves(eight) if x.addressable_shards[0].data.size * 2 == x.size]
 assert len(split) > 5, len(split)
 """
 

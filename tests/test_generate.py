@@ -12,7 +12,8 @@ from helpers import MODEL, one_a_row, questions, with_reply
 
 from r4b_jax.data import dialogue
 from r4b_jax.data.examples import encode_prompt
-from r4b_jax.decoding.generate import Ids, bucket, forced_array, generate, pad_prompts
+from r4b_jax.decoding.generate import Ids, forced_array, generate
+from r4b_jax.decoding.prompts import bucket, pad_prompts
 from r4b_jax.decoding.sampling import Sampling, choose
 from r4b_jax.models.attention import attend
 

@@ -10,6 +10,7 @@ FILES = sorted((ROOT / "r4b_jax").rglob("*.py"))
 # A room imports from itself and from those before it.
 ROOMS = (
     "config",
+    "rules",
     "common",
     "models",
     "data",
@@ -17,9 +18,11 @@ ROOMS = (
     "evaluation",
     "training",
     "rl",
+    "scaling",
     "main",
     "convert",
     "chat",
+    "plan",
     "__init__",
 )
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 450

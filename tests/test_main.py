@@ -27,7 +27,8 @@ QUESTIONS = 3
 
 
 def spy_on_reads(patch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
-    """(class, field) of every setting that the package reads from now on, `config.py` apart."""
+    """(class, field) of every setting that the package reads from now on, those that only look
+    whether they are good apart."""
     reads, package = set(), os.path.dirname(main.__file__) + os.sep
     for cls in CLASSES:
         names = {field.name for field in dataclasses.fields(cls)}
@@ -36,7 +37,8 @@ def spy_on_reads(patch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
             if name in names:
                 code = sys._getframe(1).f_code
                 name_of_file = code.co_filename.removeprefix(package)
-                inside = name_of_file != code.co_filename and name_of_file != "config.py"
+                checks = ("config.py", "rules.py")
+                inside = name_of_file != code.co_filename and name_of_file not in checks
                 if inside or code.co_name == "num_patches":
                     reads.add((cls.__name__, name))
             return object.__getattribute__(self, name)

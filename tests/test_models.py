@@ -18,8 +18,9 @@ from r4b_jax.models.attention import (
     rope_tables,
     rotate,
 )
-from r4b_jax.models.block_attention import attend_packed, layout
+from r4b_jax.models.block_attention import layout
 from r4b_jax.models.layers import RMSNorm
+from r4b_jax.models.packed_attention import attend_by_cudnn, attend_packed, packing
 from r4b_jax.training.losses import token_logps
 
 PATCHES = MODEL.vision.num_patches
@@ -79,7 +80,10 @@ def test_attention_in_blocks_is_attention_under_the_packed_mask(block, seed):
         return attend(q, k, v, packed_mask(segments, branches))
 
     def in_blocks(q, k, v):
-        return attend_packed(q, k, v, layout(segments, branches, block))
+        blocks = dataclasses.replace(
+            packing(segments, branches), layout=layout(segments, branches, block)
+        )
+        return attend_packed(q, k, v, blocks)
 
     expected, back = jax.vjp(plain, q, k, v)
     out, back_in_blocks = jax.jit(lambda *x: jax.vjp(in_blocks, *x))(q, k, v)
@@ -87,6 +91,21 @@ def test_attention_in_blocks_is_attention_under_the_packed_mask(block, seed):
     np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=1e-5)
     assert not np.asarray(out)[~real].any()
     for a, b in zip(back(d_out), back_in_blocks(d_out)):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def test_what_a_gpu_is_asked_for_is_attention_under_the_packed_mask():
+    """The same call with cuDNN's implementation runs there; here it is XLA's."""
+    segments = np.array([[1] * 7 + [2] * 10 + [0] * 3])
+    branches = np.array([[0] * 5 + [1] * 2 + [0] * 4 + [1] * 3 + [2] * 3 + [0] * 3])
+    q, k, v, d_out = arrays(4, (1, 20, 6, 8), (1, 20, 2, 8), (1, 20, 2, 8), (1, 20, 6, 8))
+    d_out *= (segments > 0)[..., None, None]
+    mask = packed_mask(segments, branches)
+    expected, back = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
+    out, other_back = jax.vjp(lambda *x: attend_by_cudnn(*x, (segments, branches)), q, k, v)
+    real = segments > 0
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=1e-5)
+    for a, b in zip(back(d_out), other_back(d_out)):
         np.testing.assert_allclose(b, a, atol=1e-5)
 
 
@@ -303,7 +322,7 @@ CHANGES = {
     "projector_norm": (False, SHAPE),
     "projector_norm_eps": (0.3, OUTPUT),
     "compute_dtype": ("bfloat16", OUTPUT),
-    "remat": (True, PROGRAM),
+    "remat": ("full", PROGRAM),
     "loss_chunk": (65, PROGRAM),
 }
 

@@ -17,8 +17,9 @@ from r4b_jax.config import ModelConfig
 from r4b_jax.data import images
 from r4b_jax.data.examples import Example
 from r4b_jax.decoding.chat import load
-from r4b_jax.decoding.generate import forced_array, generate, pad_prompts
+from r4b_jax.decoding.generate import forced_array, generate
 from r4b_jax.decoding.parity import logits
+from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 from r4b_jax.models import r4b
 from r4b_jax.models.attention import attend, rope_tables

@@ -13,7 +13,7 @@ from r4b_jax import config as c
 from r4b_jax.data import dialogue
 from r4b_jax.data.examples import encode_prompt
 from r4b_jax.decoding.generate import Generation
-from r4b_jax.models import block_attention, r4b
+from r4b_jax.models import block_attention, packed_attention, r4b
 from r4b_jax.models.layers import in_int8
 from r4b_jax.rl.objectives import group_advantages
 from r4b_jax.rl.rollout import (
@@ -451,7 +451,7 @@ def test_long_rows_have_the_loss_and_gradient_of_short_ones(
 ):
     """Rows beyond a few hundred tokens are computed block by block; nothing else may change."""
     whole = gradients_of(tokenizer, rollouts, advantages, params, **NO_KL)
-    monkeypatch.setattr(block_attention, "SHORT", 0)
+    monkeypatch.setattr(packed_attention, "SHORT", 0)
     monkeypatch.setattr(block_attention, "BLOCK", 16)
     config = config_with(**NO_KL)
     parts = make_update(config, tuple(tokenizer.never_sampled))  # traced anew

@@ -8,21 +8,41 @@ from importlib import metadata
 
 import sizes
 
+# The sizes of the work, each with a flag: what it is by default, and what it means.
+GROUPS = dict(
+    prompts=(sizes.PROMPTS, "prompts"),
+    samples=(sizes.SAMPLES, "answers to each prompt"),
+    prompt_length=(sizes.PROMPT_LENGTH, "tokens of a prompt"),
+    new_tokens=(sizes.NEW_TOKENS, "tokens of an answer"),
+)
+ROWS = dict(
+    rows=(sizes.ROWS, "rows of a batch"),
+    row_length=(sizes.ROW_LENGTH, "tokens of a row"),
+    documents=(sizes.DOCUMENTS, "documents of a row, all of one length (m1: 1)"),
+)
 
-def parser(description: str, models: tuple = ("m1", "m2")) -> argparse.ArgumentParser:
-    """The flags that all scripts have."""
+
+def parser(
+    description: str, models: tuple = ("m1", "m2"), work: dict = GROUPS
+) -> argparse.ArgumentParser:
+    """The flags that all scripts have, and those of the work's sizes: GROUPS or ROWS."""
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--model", choices=models, default="m2", help="m1 sees pictures, m2 is text")
     p.add_argument("--repeats", type=int, default=2, help="measured repeats, after a warm-up")
-    p.add_argument("--prompts", type=int, default=sizes.PROMPTS, help="prompts")
-    p.add_argument("--samples", type=int, default=sizes.SAMPLES, help="answers to each prompt")
-    p.add_argument(
-        "--prompt-length", type=int, default=sizes.PROMPT_LENGTH, help="tokens of a prompt"
-    )
-    p.add_argument("--new-tokens", type=int, default=sizes.NEW_TOKENS, help="tokens of an answer")
+    for name, (default, meaning) in work.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=meaning)
+    p.set_defaults(size_names=tuple(work))
     return p
+
+
+def document_length(args) -> int:
+    """Tokens of one of W3's documents."""
+    length, left = divmod(args.row_length, args.documents)
+    if left or (args.model == "m1" and args.documents > 1):
+        raise SystemExit("--documents must divide --row-length, and be 1 for m1")
+    return length
 
 
 def one_core():
@@ -52,19 +72,20 @@ def peak_rss_gb() -> float:
 
 def report(args, work: str, cpu_s: list, wall_s: list, packages: tuple, **more):
     """Prints the result, the last line of the output. Tokens: those sampled in W1; those of the
-    sequences, prompts counted for each sample, in W2."""
-    length = args.new_tokens + (args.prompt_length if work == "W2" else 0)
+    sequences, prompts counted for each sample, in W2; those of the rows in W3."""
+    if work == "W3":
+        tokens = args.rows * args.row_length
+    else:
+        length = args.new_tokens + (args.prompt_length if work == "W2" else 0)
+        tokens = args.prompts * args.samples * length
     result = dict(
         work=work,
         model=args.model,
         cpu_s=[round(x, 3) for x in cpu_s],
         wall_s=[round(x, 3) for x in wall_s],
         peak_rss_gb=peak_rss_gb(),
-        tokens=args.prompts * args.samples * length,
-        prompts=args.prompts,
-        samples=args.samples,
-        prompt_length=args.prompt_length,
-        new_tokens=args.new_tokens,
+        tokens=tokens,
+        **{name: getattr(args, name) for name in args.size_names},
         versions={p: metadata.version(p) for p in packages},
     )
     print(json.dumps(more | result), flush=True)

@@ -7,9 +7,12 @@ Models, in float32 with random weights:
 Work:
   W1  rollouts: SAMPLES answers to each of PROMPTS prompts, NEW_TOKENS tokens each, temperature 1,
       none ending early;
-  W2  one GRPO update on those PROMPTS x SAMPLES sequences: forward, backward, optimiser.
+  W2  one GRPO update on those PROMPTS x SAMPLES sequences: forward, backward, optimiser;
+  W3  one supervised step on ROWS rows of ROW_LENGTH tokens, with loss on every token of text that
+      another token of its document precedes: forward, backward, clipping, AdamW. M2's rows are
+      DOCUMENTS documents of equal length that do not see each other; M1's are a W1 prompt and text.
 
-The scripts have flags for the four sizes of the work; those here are the flags' defaults.
+The scripts have flags for the sizes of the work; those here are the flags' defaults.
 """
 
 # The decoder, in the words of transformers' Qwen3Config; input and output embeddings are tied.
@@ -40,6 +43,9 @@ PROMPTS = 8
 SAMPLES = 16
 PROMPT_LENGTH = 600
 NEW_TOKENS = 128
+ROWS = 8
+ROW_LENGTH = 1024
+DOCUMENTS = 1
 MICRO_BATCH = 16  # sequences per forward and backward of W2: the samples of one prompt
 LEARNING_RATE = 1e-6
 CLIP_NORM = 1.0  # of the gradient

@@ -1,13 +1,18 @@
 """What a person watches: a progress bar with the time left, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import os
 import sys
 import time
 
+import jax
 import rich.console
 import rich.progress
 import tensorboardX
+
+from r4b_jax.common import processes
+from r4b_jax.common.chips import GIB, chip_of_device
 
 console = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
 LINE_SECONDS = 15  # between progress lines where there is no terminal
@@ -21,7 +26,7 @@ class Progress:
         self.title, self.total, self.done = title, total, done
         self.first, self.start, self.last_line = done, time.monotonic(), time.monotonic()
         self.bar = None
-        if console.is_terminal:
+        if console.is_terminal and processes.is_first():
             self.bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description:>16}"),
                 rich.progress.BarColumn(),
@@ -56,9 +61,76 @@ class Progress:
             self._line(f"{left * (self.total - self.done):.0f} s left {text}")
 
     def _line(self, text: str):
+        if not processes.is_first():
+            return
         self.last_line = time.monotonic()
         seconds = self.last_line - self.start
         print(f"{self.title:>16} {self.done}/{self.total} {seconds:.0f} s, {text}", flush=True)
+
+
+class StepClock:
+    """Where the seconds of a stage's steps go, and what they come to, since the last record."""
+
+    def __init__(self):
+        self.start = self.last = time.monotonic()
+        self.steps, self.waited, self.tokens = 0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """The block waits for input."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def step(self, tokens: int):
+        """A step over so many tokens was given to the devices."""
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+
+    def record(self, flops_per_token: float) -> dict[str, float]:
+        """The metrics since the last record; to be called when the devices have ended.
+
+        Args:
+          flops_per_token: that training cannot do without (`cost.train_flops`).
+        """
+        now = time.monotonic()
+        seconds, device = now - self.last, jax.local_devices()[0]
+        values = {
+            "seconds": now - self.start,
+            "seconds/step": seconds / self.steps,
+            "seconds/input": self.waited / self.steps,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        if chip := chip_of_device(device.device_kind):
+            done = self.tokens * flops_per_token / jax.device_count()
+            values["mfu"] = done / seconds / chip.peak
+        if stats := device.memory_stats():
+            values["hbm_gib"] = stats["peak_bytes_in_use"] / GIB
+        self.last, self.steps, self.waited, self.tokens = now, 0, 0.0, 0
+        return values
+
+
+class Trace:
+    """A profile of a few steps for xprof, `folder`/plugins: `tensorboard --logdir=folder`.
+
+    Args:
+      first: the first step traced, when all is compiled; count: how many, 0 = none.
+    """
+
+    def __init__(self, folder: str, first: int, count: int):
+        self.folder, self.first, self.count, self.runs = folder, first, count, False
+
+    def step(self, step: int):
+        """The step begins."""
+        if self.count and step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.runs = True
+        if step == self.first + self.count:
+            self.close()
+
+    def close(self):
+        if self.runs:
+            jax.profiler.stop_trace()
+            self.runs = False
 
 
 class MetricWriter:
@@ -69,7 +141,9 @@ class MetricWriter:
     """
 
     def __init__(self, folder: str, stage: str, resume_step: int = 0):
-        self.path, self.stage = os.path.join(folder, "metrics.jsonl"), stage
+        first = processes.is_first()
+        self.path = os.path.join(folder, "metrics.jsonl") if first else os.devnull
+        self.stage = stage
         kept = [
             record
             for record in read_metrics(folder)
@@ -78,7 +152,9 @@ class MetricWriter:
         with open(self.path, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(record) + "\n" for record in kept)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.board = tensorboardX.SummaryWriter(os.path.join(folder, "tensorboard", stage))
+        self.board = tensorboardX.SummaryWriter(
+            os.path.join(folder, "tensorboard", stage), write_to_disk=first
+        )
 
     def write(self, step: int, values: dict):
         """Write {name: number} of one step."""

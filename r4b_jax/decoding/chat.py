@@ -15,7 +15,8 @@ from r4b_jax.data import conversation, dialogue, images
 from r4b_jax.data.conversation import Turn
 from r4b_jax.data.examples import Example, encode
 from r4b_jax.data.tokenizer import Tokenizer
-from r4b_jax.decoding.generate import Ids, advance, forced_array, p_think, pad_prompts, start
+from r4b_jax.decoding.generate import Ids, advance, forced_array, p_think, start
+from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 from r4b_jax.models import released
 from r4b_jax.models.convert import CheckpointError
@@ -219,7 +220,7 @@ def is_stage(path: str) -> bool:
 
 def _with_dtype(config: ModelConfig, params: dict, dtype: str | None) -> ModelConfig:
     own = str(jax.tree.leaves(params)[0].dtype)
-    return dataclasses.replace(config, compute_dtype=dtype or own, remat=False)
+    return dataclasses.replace(config, compute_dtype=dtype or own, remat="matmuls")
 
 
 def run_of(stage: str) -> Config:

@@ -21,30 +21,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from r4b_jax.common.arrays import Array, ImagePlan
+from r4b_jax.common import sharding
+from r4b_jax.common.arrays import Array
 from r4b_jax.config import ModelConfig
-from r4b_jax.data.examples import Example, plan_index
-from r4b_jax.decoding.sampling import Sampling, ban, choose, logp_of
+from r4b_jax.decoding.prompts import Prompts
+from r4b_jax.decoding.sampling import Sampling, choose
 from r4b_jax.models import r4b
 from r4b_jax.models.attention import attend_shared_prefix
-from r4b_jax.models.block_attention import packed_attention
-from r4b_jax.models.layers import cast_kernels
+from r4b_jax.models.layers import cast_kernels, logical_axes
+from r4b_jax.models.packed_attention import packed_attention
+from r4b_jax.models.vocabulary import ban, logp_of
 
 MAX_FORCED = 2  # tokens a mode forces after <think>
-TILE_BUCKETS = (0, 1, 2, 3, 5, 7, 10, 13, 17, 21, 26, 31, 37)  # tiles a prompt is padded to
 ADMIT_SHARE = 8  # queries enter when an eighth of the groups are free, or all that still wait fit
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Queries, padded on the right."""
-
-    tokens: Array  # int32[Q, S]
-    lengths: Array  # int32[Q]
-    tiles: Array  # uint8[Q, I, image_size, image_size, 3]
-    plan: ImagePlan
 
 
 @jax.tree_util.register_dataclass
@@ -83,49 +74,6 @@ class Ids:
         )
 
 
-def pad_prompts(
-    prompts: list[Example], longest: int, pad_id: int, patches: int, tiles: int | None = None
-) -> Prompts:
-    """Stack prompts, padded to a `bucket`; those with fewer tiles than others get empty ones.
-
-    Args:
-      longest: the most tokens a prompt may have.
-      patches: feature rows a tile gives.
-      tiles: tiles to pad to; None = the first of `TILE_BUCKETS` that holds each prompt's.
-    Raises:
-      ValueError: a prompt is longer than `longest`.
-    """
-    prompt_len = bucket(max(len(p.tokens) for p in prompts), longest)
-    count, most = len(prompts), max(len(p.tiles) for p in prompts)
-    tiles = next((n for n in TILE_BUCKETS if n >= most), most) if tiles is None else tiles
-    out = Prompts(
-        tokens=np.full((count, prompt_len), pad_id, np.int32),
-        lengths=np.array([len(p.tokens) for p in prompts], np.int32),
-        tiles=np.zeros((count, tiles, *prompts[0].tiles.shape[1:]), np.uint8),
-        plan=ImagePlan(
-            np.zeros((count, prompt_len, 4), np.int32), np.zeros((count, prompt_len, 4), np.float32)
-        ),
-    )
-    for i, prompt in enumerate(prompts):
-        length = len(prompt.tokens)
-        out.tokens[i, :length] = prompt.tokens
-        out.tiles[i, : len(prompt.tiles)] = prompt.tiles
-        out.plan.index[i, :length] = plan_index(prompt, 0, tiles, patches)
-        out.plan.weight[i, :length] = prompt.plan_weight
-    return out
-
-
-def bucket(needed: int, longest: int) -> int:
-    """The shortest of longest, longest/2, longest/4 that holds `needed`: few shapes to compile.
-
-    Raises:
-      ValueError: none does.
-    """
-    if needed > longest:
-        raise ValueError(f"a prompt of {needed} tokens exceeds generate.prompt_len = {longest}")
-    return min(n for n in (longest, -(-longest // 2), -(-longest // 4)) if n >= needed)
-
-
 def forced_array(forced: list[list[int]], num_queries: int) -> np.ndarray:
     """What R rollouts of each query begin with: int32[Q, R, MAX_FORCED], -1 = free."""
     out = np.full((num_queries, len(forced), MAX_FORCED), -1, np.int32)
@@ -162,17 +110,29 @@ def generate(
       forced: int32[Q, R, MAX_FORCED], tokens to begin with, -1 = free.
       keys: typed keys [Q, R], one a rollout: its samples depend on nothing else in the batch.
       max_new_tokens: U, forced tokens included; a rollout that has not ended by then is cut off.
-      queries_at_once: groups of slots; None = one for each query.
+      queries_at_once: groups of slots of each copy of the parameters; None = one for each query.
       rollouts_at_once: slots of a group; None = one for each rollout. The first rollouts of a query
         begin first: put the long ones there.
     """
-    num_queries, rollouts, _ = forced.shape
-    slots = (
-        min(queries_at_once or num_queries, num_queries),
-        min(rollouts_at_once or rollouts, rollouts),
-    )
+    slots = queries_at_once or len(forced), rollouts_at_once or forced.shape[1]
+    answer = functools.partial(_answer, config, ids, max_new_tokens, slots)
+    mesh, work = sharding.active(sharding.ROWS), _Work(prompts, forced, keys)
+    if mesh is None or sharding.row_shards(mesh) == 1:
+        return _results(answer(params, sampling, work))
+    # Each copy of the parameters answers its own queries, in as many steps as those take.
+    rows, whole = PartitionSpec(sharding.ROWS), PartitionSpec()
+    specs = {"in_specs": (whole, whole, rows), "out_specs": rows}
+    axes = frozenset(sharding.ROWS)
+    run = jax.shard_map(answer, axis_names=axes, check_vma=False, **specs)
+    return _results(run(params, sampling, work))
+
+
+def _answer(config, ids, max_new_tokens, slots, params, sampling, work) -> dict:
+    """Answer the queries of one copy of the parameters: the fields of a Generation, but `steps` is
+    int32[1] and `slots` is there, int32[1], instead of the occupancy."""
+    num_queries, rollouts, _ = work.forced.shape
+    slots = min(slots[0], num_queries), min(slots[1], rollouts)
     model = _bind(config, params)
-    work = _Work(prompts, forced, keys)
     state = _nothing(model, work, ids, slots, max_new_tokens)
 
     def waits(state):
@@ -187,7 +147,7 @@ def generate(
         )
 
     state = jax.lax.while_loop(lambda s: waits(s) | jnp.any(_active(s, rollouts)), decode, state)
-    return _results(state)
+    return _raw(state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "ids", "max_new_tokens"))
@@ -214,7 +174,18 @@ def advance(config, params, ids, sampling, work, state, steps):
         lambda s: _decode_step(model, ids, sampling, work, s),
         state,
     )
-    return state, _results(state)
+    return state, _results(_raw(state))
+
+
+def for_generation(config: ModelConfig, params: dict) -> dict:
+    """Parameters as generation wants them: kernels cast, and placed on the current mesh if it is
+    another than theirs."""
+    mesh = sharding.current()
+    if mesh is None:
+        return params
+    cast = functools.partial(cast_kernels, dtype=config.compute_dtype)
+    where = sharding.placements(params, logical_axes, mesh)
+    return jax.jit(cast, out_shardings=where)(params)
 
 
 def _bind(config: ModelConfig, params: dict) -> r4b.R4B:
@@ -282,9 +253,8 @@ def _nothing(model: r4b.R4B, work: _Work, ids: Ids, slots, max_new_tokens: int) 
 
     def caches(count, length):
         shape = (count, language.num_kv_heads, length, language.head_dim)
-        return tuple(
-            (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(language.num_layers)
-        )
+        zeros = sharding.constrain(jnp.zeros(shape, dtype), None, "heads", None, None)
+        return tuple((zeros, zeros) for _ in range(language.num_layers))
 
     return _State(
         tick=jnp.int32(0),
@@ -307,16 +277,17 @@ def _nothing(model: r4b.R4B, work: _Work, ids: Ids, slots, max_new_tokens: int) 
     )
 
 
-def _results(state: _State) -> Generation:
-    slot_steps = jnp.maximum(state.tick * state.row.size, 1)
-    return Generation(
-        tokens=state.tokens,
-        logps=state.logps,
-        lengths=state.lengths,
-        mode_logps=state.mode_logps,
-        steps=state.tick,
-        occupancy=jnp.sum(state.lengths) / slot_steps,
-    )
+def _raw(state: _State) -> dict:
+    results = {n: getattr(state, n) for n in ("tokens", "logps", "lengths", "mode_logps")}
+    slots = jnp.full((1,), state.row.size, jnp.int32)
+    return results | {"steps": state.tick[None], "slots": slots}
+
+
+def _results(raw: dict) -> Generation:
+    """What every copy of the parameters gave, together."""
+    slot_steps = jnp.maximum(jnp.sum(raw["steps"] * raw.pop("slots")), 1)
+    occupancy = jnp.sum(raw["lengths"]) / slot_steps
+    return Generation(**raw | {"steps": raw["steps"].max(), "occupancy": occupancy})
 
 
 def _admit(model: r4b.R4B, ids: Ids, work: _Work, state: _State) -> _State:
@@ -382,6 +353,8 @@ def _decode_step(model: r4b.R4B, ids: Ids, sampling: Sampling, work: _Work, stat
         functools.partial(_attend_and_keep, state),
         tuple(zip(state.prefix, state.suffix)),
     )
+    # The table stays split; its logits are small, and a draw needs all of a row's.
+    logits = sharding.constrain(model.language_model.logits(hidden[:, 0]), "rows", "vocab")
     # Who enters: the k-th free slot of a group takes the query's k-th rollout that waits.
     free = ended | ~active
     entering = state.next_row[:, None] + jnp.cumsum(free, 1) - 1
@@ -390,7 +363,7 @@ def _decode_step(model: r4b.R4B, ids: Ids, sampling: Sampling, work: _Work, stat
         next_row=jnp.minimum(state.next_row + jnp.sum(free, 1), rollouts),
         row=jnp.where(free, jnp.minimum(entering, rollouts), state.row),
         step=jnp.where(free, 0, step + 1),
-        logits=ban(model.language_model.logits(hidden[:, 0]), ids.never),
+        logits=ban(sharding.constrain(logits, "rows", None), ids.never),
         thinks=thinks,
         closed=closed,
         suffix=suffix,

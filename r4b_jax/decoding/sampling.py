@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from r4b_jax.common.arrays import Array
 from r4b_jax.models.attention import NEG_INF
+from r4b_jax.models.vocabulary import logp_of
 
 DRAW_BLOCK = 128  # tokens of the vocabulary summed together
 
@@ -55,12 +56,6 @@ class Sampling:
             greedy=temperature == 0,
             truncated=temperature > 0 and (top_p < 1 or top_k > 0),
         )
-
-
-def ban(logits: Array, never: tuple[int, ...]) -> Array:
-    """Logits [..., V] with the ids of `never` put out of reach. The trainer bans the same ids as
-    the sampler, so both mean the same distribution."""
-    return logits.at[..., jnp.array(never, jnp.int32)].set(NEG_INF) if never else logits
 
 
 def choose(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array]:
@@ -139,9 +134,3 @@ def truncate(logits: Array, top_k: Array, top_p: Array) -> Array:
     kept = in_k & (before < top_p)
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
     return jnp.where(logits >= lowest, logits, NEG_INF)
-
-
-def logp_of(logits: Array, tokens: Array) -> Array:
-    """log softmax(logits)[tokens]: float32[..., V], int32[...] -> float32[...]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, -1)

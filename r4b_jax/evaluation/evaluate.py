@@ -7,6 +7,7 @@ import os
 import jax
 import numpy as np
 
+from r4b_jax.common import processes, sharding
 from r4b_jax.common.metrics import Progress
 from r4b_jax.config import Config
 from r4b_jax.data import dialogue
@@ -14,7 +15,8 @@ from r4b_jax.data.examples import Question, encode_prompt
 from r4b_jax.data.loader import stream_seed
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import TOPICS, World
-from r4b_jax.decoding.generate import Ids, forced_array, generate, p_think, pad_prompts
+from r4b_jax.decoding.generate import Ids, for_generation, forced_array, generate, p_think
+from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 
 
@@ -47,8 +49,15 @@ def evaluate(
     title: str = "evaluate",
 ) -> list[Record]:
     """Answer every question in every mode, greedily; a reply that was cut off counts as wrong."""
-    generation = config.generate
-    size = min(generation.batch_size, len(questions))
+    with sharding.for_rollouts(config.generate.tensor):
+        return _evaluate(config, params, tokenizer, questions, modes, title)
+
+
+def _evaluate(config, params, tokenizer, questions, modes, title) -> list[Record]:
+    """`evaluate`, on the mesh of generation."""
+    generation, params = config.generate, for_generation(config.model, params)
+    shards = sharding.row_shards(sharding.current())  # each answers the same number of questions
+    size = -(-min(generation.batch_size, len(questions)) // shards) * shards
     ids, records = Ids.of(tokenizer), []
     forced = forced_array([dialogue.forced_ids(tokenizer, m) for m in modes], size)
     keys = jax.random.split(jax.random.key(0), (size, len(modes)))  # greedy: never read
@@ -57,24 +66,19 @@ def evaluate(
             batch = questions[start : start + size]
             full = batch + [batch[-1]] * (size - len(batch))  # one shape, one compilation
             prompts = [encode_prompt(tokenizer, config.model.vision, q) for q in full]
+            patches = config.model.vision.num_patches
+            padded = pad_prompts(prompts, generation.prompt_len, tokenizer.pad_id, patches)
             out = generate(
                 config.model,
                 params,
-                pad_prompts(
-                    prompts,
-                    generation.prompt_len,
-                    tokenizer.pad_id,
-                    config.model.vision.num_patches,
-                ),
-                forced,
-                keys,
+                *sharding.place_rows((padded, forced, keys)),
                 ids,
                 max_new_tokens=generation.max_new_tokens,
                 sampling=Sampling.of(max_direct_tokens=generation.max_direct_tokens or None),
                 queries_at_once=generation.queries_at_once,
                 rollouts_at_once=generation.rollouts_at_once,
             )
-            out = jax.device_get(out)
+            out = processes.fetch(out)
             thinking = p_think(out.mode_logps)
             for i, question in enumerate(batch):
                 for m, mode in enumerate(modes):
@@ -118,6 +122,8 @@ def evaluate_once(config: Config, params: dict, tokenizer: Tokenizer, workdir: s
         return
     questions = test_questions(config, config.eval_questions)
     records = evaluate(config, params, tokenizer, questions, title=f"evaluate {when}")
+    if not processes.is_first():
+        return
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, f"{when}.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(_as_json(record)) + "\n" for record in records)

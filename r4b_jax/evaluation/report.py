@@ -12,6 +12,7 @@ import rich.box
 import rich.table
 from PIL import Image
 
+from r4b_jax.common import processes
 from r4b_jax.common.metrics import console, read_metrics
 from r4b_jax.config import Config, to_config_dict
 from r4b_jax.data.dialogue import MODES
@@ -41,8 +42,9 @@ class StageClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-            with open(self.path, "w", encoding="utf-8") as f:
-                json.dump(self.seconds, f)
+            if processes.is_first():
+                with open(self.path, "w", encoding="utf-8") as f:
+                    json.dump(self.seconds, f)
 
 
 def write(config: Config, workdir: str, seconds: dict[str, float]) -> dict:

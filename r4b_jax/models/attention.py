@@ -40,10 +40,12 @@ def rope_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, A
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     """Rotate the pairs (x[i], x[i + H/2]) of [B, T, heads, H] by the angles of `rope_tables`."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return rotated.astype(x.dtype)
+    # By halves that change places, not cut out and joined: the gradient of a cut is a padding, and
+    # libtpu 0.0.52 dies of one between a product and its reshape.
+    cos, sin = (table[..., None, :] for table in rope)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = halves[..., ::-1, :] * jnp.array([-1.0, 1.0])[:, None]
+    return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

@@ -8,18 +8,14 @@ are is read off the ids on the device, so every packing runs in one program.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from r4b_jax.common.arrays import Array
-from r4b_jax.models.attention import NEG_INF, attend, packed_mask
+from r4b_jax.models.attention import NEG_INF
 
 BLOCK = 128  # tokens a block
-SHORT = 256  # rows up to this length have all their scores computed at once
 
 
 @jax.tree_util.register_dataclass
@@ -31,21 +27,6 @@ class Layout:
     branch_ids: Array  # int32[X, c]
     keys: Array  # int32[X, T / c], the blocks that a block of queries visits ...
     counts: Array  # int32[X], ... and how many they are
-
-
-def packed_attention(segment_ids: Array, branch_ids: Array):
-    """Attention for a decoder that runs over packed rows.
-
-    Args:
-      segment_ids, branch_ids: int32[B, T], as in `layout`.
-    Returns:
-      function (q [B, T, N, H], k, v [B, T, K, H]) -> [B, T, N, H].
-    """
-    if segment_ids.shape[1] <= SHORT:
-        mask = packed_mask(segment_ids, branch_ids)
-        return lambda q, k, v: attend(q, k, v, mask)
-    blocks = layout(segment_ids, branch_ids, BLOCK)
-    return lambda q, k, v: attend_packed(q, k, v, blocks)
 
 
 def layout(segment_ids: Array, branch_ids: Array, block: int) -> Layout:
@@ -89,54 +70,19 @@ def layout(segment_ids: Array, branch_ids: Array, block: int) -> Layout:
     )
 
 
-def attend_packed(q: Array, k: Array, v: Array, blocks: Layout) -> Array:
+def forward(q: Array, k: Array, v: Array, blocks: Layout):
     """`attend` with the mask of `packed_mask`, without its [B, N, T, T] scores.
 
     Args:
-      q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K.
+      q: [B, T, N, H], multiplied by H^-0.5; k, v: [B, T, K, H], N a multiple of K.
       blocks: `layout` of the rows' ids.
     Returns:
-      [B, T, N, H]; 0 at padding.
+      out, [B, T, N, H] in q's dtype, 0 at padding; log_total, float32[B, T, N], the log of the sum
+      of exp(score), finite everywhere.
     """
-    batch, length, num_heads, head_dim = q.shape
-    num_kv, size = k.shape[2], blocks.segment_ids.shape[1]
-    group, padding = num_heads // num_kv, -length % size
-
-    def cut(x, heads):
-        """[B, T, heads * K, H] -> [X, K, heads * c, H]."""
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        x = x.reshape(-1, size, num_kv, heads, head_dim)
-        return x.transpose(0, 2, 3, 1, 4).reshape(-1, num_kv, heads * size, head_dim)
-
-    out = _attend(cut(q * head_dim**-0.5, group), cut(k, 1), cut(v, 1), blocks)
-    out = out.reshape(-1, num_kv, group, size, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, -1, num_heads, head_dim)[:, :length]
-
-
-def _scores(q: Array, k: Array, blocks: Layout, x: Array, y: Array) -> Array:
-    """Masked scores of query block x and key block y: float32[K, G, c, c]."""
-    size = blocks.segment_ids.shape[1]
-    scores = jnp.einsum("kah,ksh->kas", q[x], k[y], preferred_element_type=jnp.float32)
-    place = jnp.arange(size)
-    seen = (place[:, None] + (x - y) * size) >= place
-    segment, branch = blocks.segment_ids, blocks.branch_ids
-    seen &= (segment[x][:, None] == segment[y]) & (segment[x] > 0)[:, None]
-    seen &= (branch[y] == 0) | (branch[x][:, None] == branch[y])
-    return jnp.where(seen, scores.reshape(scores.shape[0], -1, size, size), NEG_INF)
-
-
-def _flat(x: Array) -> Array:
-    """[K, G, c, ...] -> [K, G * c, ...]."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-@functools.partial(jax.custom_vjp)
-def _attend(q, k, v, blocks):
-    return _attend_forward(q, k, v, blocks)[0]
-
-
-def _attend_forward(q, k, v, blocks):
-    """q [X, K, G * c, H], k and v [X, K, c, H] -> like q, and what the backward pass needs."""
+    (batch, length, num_heads, _), size = q.shape, blocks.segment_ids.shape[1]
+    num_kv = k.shape[2]
+    q, k, v = (_cut(x, num_kv, size) for x in (q, k, v))
 
     def one_block(x):
         def visit(n, carry):
@@ -157,15 +103,22 @@ def _attend_forward(q, k, v, blocks):
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, log_total = jax.lax.map(one_block, jnp.arange(q.shape[0]))
-    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
-    return out, (q, k, v, blocks, out, log_total)
+    shape = (batch, length, num_heads)
+    return _join(out, shape, size), _join(log_total[..., None], shape, size)[..., 0]
 
 
-def _attend_backward(kept, d_out):
-    """Gradients of q, k and v; the scores are computed again, block by block."""
-    q, k, v, blocks, out, log_total = kept
-    f32 = jnp.float32
+def backward(q, k, v, out, log_total, d_out, blocks: Layout):
+    """Gradients of q, k and v, in their dtypes; the scores are computed again, block by block.
+
+    Args:
+      q, k, v, blocks: what `forward` got; out, log_total: what it gave.
+      d_out: the gradient of out.
+    """
+    (batch, length, num_heads, _), size = q.shape, blocks.segment_ids.shape[1]
+    num_kv, f32 = k.shape[2], jnp.float32
     delta = jnp.sum(d_out.astype(f32) * out.astype(f32), -1)
+    log_total, delta = (_cut(x[..., None], num_kv, size)[..., 0] for x in (log_total, delta))
+    q, k, v, d_out = (_cut(x, num_kv, size) for x in (q, k, v, d_out))
 
     def one_block(carry, x):
         def visit(n, carry):
@@ -187,8 +140,38 @@ def _attend_backward(kept, d_out):
 
     zeros = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
     (d_k, d_v), d_q = jax.lax.scan(one_block, zeros, jnp.arange(q.shape[0]))
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), blocks)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), no_gradient
+    of_keys = (batch, length, num_kv)
+    d_k, d_v = (_join(x, of_keys, size).astype(k.dtype) for x in (d_k, d_v))
+    return _join(d_q, (batch, length, num_heads), size), d_k, d_v
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+def _cut(x: Array, num_kv: int, size: int) -> Array:
+    """[B, T, heads, H] -> [X, K, heads / K * c, H]."""
+    group, width = x.shape[2] // num_kv, x.shape[3]
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+    x = x.reshape(-1, size, num_kv, group, width)
+    return x.transpose(0, 2, 3, 1, 4).reshape(-1, num_kv, group * size, width)
+
+
+def _join(x: Array, shape: tuple[int, int, int], size: int) -> Array:
+    """[X, K, heads / K * c, H] -> [B, T, heads, H]."""
+    batch, length, heads = shape
+    x = x.reshape(x.shape[0], heads, size, x.shape[3]).transpose(0, 2, 1, 3)
+    return x.reshape(batch, -1, heads, x.shape[3])[:, :length]
+
+
+def _scores(q: Array, k: Array, blocks: Layout, x: Array, y: Array) -> Array:
+    """Masked scores of query block x and key block y: float32[K, G, c, c]."""
+    size = blocks.segment_ids.shape[1]
+    scores = jnp.einsum("kah,ksh->kas", q[x], k[y], preferred_element_type=jnp.float32)
+    place = jnp.arange(size)
+    seen = (place[:, None] + (x - y) * size) >= place
+    segment, branch = blocks.segment_ids, blocks.branch_ids
+    seen &= (segment[x][:, None] == segment[y]) & (segment[x] > 0)[:, None]
+    seen &= (branch[y] == 0) | (branch[x][:, None] == branch[y])
+    return jnp.where(seen, scores.reshape(scores.shape[0], -1, size, size), NEG_INF)
+
+
+def _flat(x: Array) -> Array:
+    """[K, G, c, ...] -> [K, G * c, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

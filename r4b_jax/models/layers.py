@@ -6,13 +6,61 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from r4b_jax.common import sharding
 from r4b_jax.common.arrays import Array
 
-MATMULS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
-    jax.checkpoint_policies.save_only_these_names("attention"),
-)
+# What the backward pass finds of a layer beside its input (model.remat). The names are given in
+# packed_attention.py and below.
+POLICIES = {
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
+}
+# Logical axes (common/sharding.py) of the kernels [in, out], by the module's name, and of tables.
+KERNELS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("width", "heads")),
+    **dict.fromkeys(("o_proj", "out_proj"), ("heads", "width")),
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1", "linear_1"), ("width", "mlp")),
+    **dict.fromkeys(("down_proj", "fc2", "linear_2"), ("mlp", "width")),
+    "patch_embedding": (None, "width"),
+}
+TABLES = {
+    "embed_tokens": ("vocab", "width"),
+    "lm_head": ("vocab", "width"),
+    "position_embedding": (None, "width"),
+}
+
+
+def logical_axes(path: tuple[str, ...], num_axes: int) -> tuple:
+    """The logical axes of the parameter at `path`, or of what an optimiser keeps for it; a stack's
+    layer axis comes first and is not split, nor are norms and biases."""
+    axes = ()
+    for name in path:
+        axes = KERNELS.get(name) or TABLES.get(name) or axes
+    if "bias" in path or num_axes < len(axes):
+        axes = ()
+    return (None,) * (num_axes - len(axes)) + axes
+
+
+def param_placement(mesh):
+    """Where parameters lie on a mesh: a function (path, shape) -> sharding."""
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        where = sharding.spec(logical_axes(path, len(shape)), shape, mesh)
+        return jax.sharding.NamedSharding(mesh, where)
+
+    return place
 
 
 class RMSNorm(nnx.Module):
@@ -47,18 +95,20 @@ class Int8:
 
 def in_int8(params: dict) -> dict:
     """The parameters of the model with the decoder's kernels in 8 bits, for rollouts."""
-    return _map_kernels(Int8.of, params)
+
+    def mapped(path, x):
+        is_kernel = path[-1].key == "kernel" and path[0].key == "language_model"
+        return Int8.of(x) if is_kernel else x
+
+    return jax.tree_util.tree_map_with_path(mapped, params)
 
 
 def cast_kernels(params: dict, dtype) -> dict:
-    """The parameters with the decoder's kernels cast once, and not at every step of decoding."""
-    return _map_kernels(lambda x: x if isinstance(x, Int8) else x.astype(dtype), params)
+    """The parameters with kernels and tables cast once, as they would be at every use."""
 
-
-def _map_kernels(function, params: dict) -> dict:
     def mapped(path, x):
-        is_kernel = path[-1].key == "kernel" and path[0].key == "language_model"
-        return function(x) if is_kernel else x
+        is_cast = path[-1].key == "kernel" or path[-1].key in TABLES
+        return x.astype(dtype) if is_cast and not isinstance(x, Int8) else x
 
     return jax.tree_util.tree_map_with_path(mapped, params, is_leaf=lambda x: isinstance(x, Int8))
 
@@ -82,7 +132,7 @@ class Linear(nnx.Linear):
 class LayerStack(nnx.Module):
     """`num_layers` equal layers whose parameters carry a leading layer axis."""
 
-    def __init__(self, make_layer, num_layers: int, rngs: nnx.Rngs, *, remat: bool):
+    def __init__(self, make_layer, num_layers: int, rngs: nnx.Rngs, dtype, *, remat: str):
         graphs = []
 
         def init_one(key):
@@ -93,6 +143,7 @@ class LayerStack(nnx.Module):
         state = jax.vmap(init_one)(jax.random.split(rngs.params(), num_layers))
         self.layers = nnx.merge(graphs[0], state)
         self.num_layers = num_layers
+        self.dtype = dtype
         self.remat = remat
 
     def __call__(self, x: Array, run_layer):
@@ -106,12 +157,23 @@ class LayerStack(nnx.Module):
         graph, states = nnx.split(self.layers)
 
         def body(x, state):
-            return run_layer(nnx.merge(graph, state), x)
+            x = checkpoint_name(sharding.constrain(x, *spread), "layer_input")
+            x, out = run_layer(nnx.merge(graph, self._gathered(state)), x)
+            return sharding.constrain(x, *spread), out
 
-        # What is recomputed in the backward pass: the layer, or what lies between its matmuls.
-        policy = None if self.remat else MATMULS
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        spread = ("rows", "sequence", None)
+        body = jax.checkpoint(body, policy=POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(body, x, states)
+
+    def _gathered(self, state):
+        """A layer's parameters, whole again; its kernels are cast before they travel."""
+
+        def gathered(path, x):
+            axes = logical_axes(sharding.names(path), x.ndim)
+            is_kernel = any(axes) and jnp.issubdtype(x.dtype, jnp.floating)
+            return sharding.gather(x.astype(self.dtype) if is_kernel else x, axes)
+
+        return jax.tree_util.tree_map_with_path(gathered, state)
 
     def step(self, x: Array, run_layer, caches) -> tuple[Array, tuple]:
         """The layers written out, for a decoding step: each has a cache of its own to update.

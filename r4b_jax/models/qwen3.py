@@ -1,11 +1,11 @@
 """Qwen3 decoder: qk-norm, grouped-query attention, RoPE, SwiGLU, tied head (PAPER.md section 2)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from r4b_jax.common.arrays import Array
 from r4b_jax.config import LanguageConfig
+from r4b_jax.models import vocabulary
 from r4b_jax.models.attention import rope_tables, rotate
 from r4b_jax.models.layers import LayerStack, Linear, RMSNorm
 
@@ -63,12 +63,16 @@ class DecoderLayer(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype, *, remat: bool):
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype, *, remat: str):
         self.config = config
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.width)) * 0.02
         self.embed_tokens = nnx.Param(table)
         self.layers = LayerStack(
-            lambda rngs: DecoderLayer(config, rngs, dtype), config.num_layers, rngs, remat=remat
+            lambda rngs: DecoderLayer(config, rngs, dtype),
+            config.num_layers,
+            rngs,
+            dtype,
+            remat=remat,
         )
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tied_head:
@@ -77,8 +81,7 @@ class Qwen3(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """int32[B, T] -> [B, T, D]."""
-        # Taken, then cast: the gradient of a frequent token is a sum that bfloat16 cannot hold.
-        return self.embed_tokens[...][tokens].astype(self.dtype)
+        return vocabulary.take(self.embed_tokens[...], tokens, self.dtype)
 
     def __call__(self, x: Array, positions: Array, attend_to):
         """Run the decoder over whole rows.
@@ -114,6 +117,9 @@ class Qwen3(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> float32[..., V]; the head is the embedding table, unless untied."""
-        table = self.embed_tokens if self.config.tied_head else self.lm_head
-        table = table[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return vocabulary.scores(hidden, self.head)
+
+    @property
+    def head(self) -> Array:
+        """float32[V, D]."""
+        return (self.embed_tokens if self.config.tied_head else self.lm_head)[...]

@@ -11,17 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from r4b_jax.common import sharding
 from r4b_jax.common.arrays import Array, Batch, ImagePlan
 from r4b_jax.config import ModelConfig
-from r4b_jax.models.block_attention import packed_attention
+from r4b_jax.models.packed_attention import packed_attention
 from r4b_jax.models.projector import Projector
 from r4b_jax.models.qwen3 import Qwen3
 from r4b_jax.models.siglip2 import SigLIP2
 
+TILES_AT_ONCE = 4  # of each row, in the tower
+
 
 class R4B(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.compute_dtype)
+        dtype, self.remat = jnp.dtype(config.compute_dtype), config.remat
         vision, language = config.vision, config.language
         self.vision_tower = SigLIP2(vision, rngs, dtype, remat=config.remat)
         eps = config.projector_norm_eps if config.projector_norm else None
@@ -36,9 +39,22 @@ class R4B(nnx.Module):
         newline = jnp.broadcast_to(newline, (batch, 1, newline.shape[0]))
         if num_tiles == 0:
             return newline
-        patches = self.projector(self.vision_tower(tiles.reshape(-1, *tiles.shape[2:])))
+        # A few tiles of each row at a time: the tower's scores and hidden units are large.
+        block = max(n for n in range(1, TILES_AT_ONCE + 1) if num_tiles % n == 0)
+        blocks = tiles.reshape(batch, -1, block, *tiles.shape[2:]).swapaxes(0, 1)
+        features = self._features
+        if self.remat in ("full", "offload"):  # else the tower's layers wait through the decoder's
+            features = jax.checkpoint(features)
+        patches = jax.lax.map(features, blocks).swapaxes(0, 1)
         patches = patches.reshape(batch, -1, patches.shape[-1])
-        return jnp.concatenate([patches, newline], 1)
+        return sharding.constrain(jnp.concatenate([patches, newline], 1), "rows", None, None)
+
+    def _features(self, tiles: Array) -> Array:
+        """uint8[B, I, h, w, 3] -> [B, I, P, D]."""
+        rows = ("rows", None, None)
+        x = sharding.constrain(tiles.reshape(-1, *tiles.shape[2:]), "rows", None, None, None)
+        patches = sharding.constrain(self.projector(self.vision_tower(x)), *rows)
+        return patches.reshape(*tiles.shape[:2], *patches.shape[1:])
 
     def embed(self, tokens: Array, tiles: Array, plan: ImagePlan) -> Array:
         """Token embeddings, with those of image tokens mixed from the feature table: [B, T, D]."""
@@ -48,7 +64,8 @@ class R4B(nnx.Module):
         rows = rows.reshape(batch, length, mixed, -1)
         image = jnp.einsum("btmd,btm->btd", rows, plan.weight.astype(rows.dtype))
         is_image = jnp.any(plan.weight != 0, -1, keepdims=True)
-        return jnp.where(is_image, image, self.language_model.embed(tokens))
+        x = jnp.where(is_image, image, self.language_model.embed(tokens))
+        return sharding.constrain(x, "rows", None, None)
 
     def hidden(self, batch: Batch) -> Array:
         """Final hidden states of packed rows: [B, T, D]."""

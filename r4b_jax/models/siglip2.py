@@ -35,7 +35,7 @@ class EncoderLayer(nnx.Module):
 
 
 class SigLIP2(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype, *, remat: bool):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype, *, remat: str):
         self.config = config
         self.dtype = dtype
         patch_dim = config.patch_size**2 * 3
@@ -43,7 +43,11 @@ class SigLIP2(nnx.Module):
         table = jax.random.normal(rngs.params(), (config.num_patches, config.width)) * 0.02
         self.position_embedding = nnx.Param(table)
         self.layers = LayerStack(
-            lambda rngs: EncoderLayer(config, rngs, dtype), config.num_layers, rngs, remat=remat
+            lambda rngs: EncoderLayer(config, rngs, dtype),
+            config.num_layers,
+            rngs,
+            dtype,
+            remat=remat,
         )
 
     def __call__(self, tiles: Array) -> Array:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r4b_jax.common import processes, sharding
 from r4b_jax.common.checkpoint import StageCheckpoints
-from r4b_jax.common.metrics import MetricWriter, Progress, warn
+from r4b_jax.common.metrics import MetricWriter, Progress, Trace, warn
 from r4b_jax.config import Config
 from r4b_jax.data.examples import Question
 from r4b_jax.data.loader import pick_topic, stream_seed
@@ -25,6 +26,7 @@ from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import World
 from r4b_jax.decoding.generate import p_think
 from r4b_jax.evaluation.evaluate import evaluate, summarize, test_questions
+from r4b_jax.models.layers import cast_kernels
 from r4b_jax.rl.objectives import group_advantages
 from r4b_jax.rl.reward_pool import Fault, RewardPool, canary
 from r4b_jax.rl.rewards import Answered
@@ -39,11 +41,17 @@ from r4b_jax.rl.update import make_update, reference_pass, trained_names, update
 from r4b_jax.training.optimizer import bpo_optimizer
 from r4b_jax.training.step import TrainState, init_state
 
+TRACED_FROM = 3  # steps after the first one: by then all is compiled
 
-def run_bpo(config: Config, reference: dict, tokenizer: Tokenizer, workdir: str) -> dict:
+
+def run_bpo(
+    config: Config, reference: dict, tokenizer: Tokenizer, workdir: str, trace_steps: int = 0
+) -> dict:
     """Train by BPO from the annealed parameters `reference`, or from the newest checkpoint in
     `workdir`/bpo.
 
+    Args:
+      trace_steps: steps whose profile is written to `workdir`/trace.
     Returns:
       the parameters after BPO.
     """
@@ -58,12 +66,16 @@ def run_bpo(config: Config, reference: dict, tokenizer: Tokenizer, workdir: str)
         if checkpoints.latest is None:
             own = jax.tree.map(jnp.array, own)
         state = TrainState(state.step, reference | own, state.opt_state)
-        state = _train(config, state, reference, tokenizer, checkpoints, workdir)
+        # Of the reference only what is computed with is kept; what is frozen is the policy's own.
+        cast = cast_kernels({n: reference[n] for n in names}, config.model.compute_dtype)
+        frozen = {n: reference[n] for n in config.bpo.frozen}
+        trace = Trace(os.path.join(workdir, "trace"), int(state.step) + TRACED_FROM, trace_steps)
+        state = _train(config, state, cast | frozen, tokenizer, checkpoints, workdir, trace)
     checkpoints.close()
     return state.params
 
 
-def _train(config, state, reference, tokenizer, checkpoints, workdir) -> TrainState:
+def _train(config, state, reference, tokenizer, checkpoints, workdir, trace) -> TrainState:
     """The loop itself, from state.step to bpo.num_steps."""
     bpo, first = config.bpo, int(state.step)
     writer, faults = MetricWriter(workdir, "bpo", first), FaultLog(workdir, first)
@@ -78,8 +90,9 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir) -> TrainSt
         return launch_rollouts(config, state.params, tokenizer, queries, step_key)
 
     progress = Progress("bpo", bpo.num_steps, first)
-    pool = RewardPool(bpo.rewards, bpo.reward_workers, bpo.reward_deadline)
-    with pool, progress, contextlib.closing(writer):
+    graded = bpo.rewards if processes.is_first() else {}  # the others are told
+    pool = RewardPool(graded, bpo.reward_workers, bpo.reward_deadline)
+    with pool, progress, contextlib.closing(writer), contextlib.closing(trace):
         canary(pool)
         if first == 0:
             _small_evaluation(config, state.params, tokenizer, questions, writer, 0)
@@ -87,15 +100,16 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir) -> TrainSt
         for step in range(first + 1, bpo.num_steps + 1):
             last = step == bpo.num_steps
             saves = step % config.checkpoint_every == 0 or last
+            trace.step(step)
             clock = Clock()
             rollouts = collect_rollouts(tokenizer, launched or launch(step))
             clock.lap("rollout")
             pending = pool.submit(answered(rollouts))
             # What follows a checkpoint is not sampled ahead: a resumed run could not repeat it.
             launched = launch(step + 1) if bpo.overlap_rewards and not saves else None
-            batches = pack_rollouts(config, tokenizer, rollouts)
+            batches = [sharding.place_rows(b) for b in pack_rollouts(config, tokenizer, rollouts)]
             reference_logps = reference_pass(config, parts, reference, batches)
-            rewards = faults.write(step, rollouts, *pending.result())
+            rewards = processes.agree(faults.write(step, rollouts, *pending.result()))
             advantages = group_advantages(rewards)
             clock.lap("reward")
             metrics = {"skipped": float(not advantages.any())}
@@ -143,7 +157,8 @@ class FaultLog:
     """Every reply that got no reward though its topic has one: `workdir`/reward_faults.jsonl."""
 
     def __init__(self, workdir: str, resume_step: int):
-        self.path, self.count = os.path.join(workdir, "reward_faults.jsonl"), 0
+        path = os.path.join(workdir, "reward_faults.jsonl")
+        self.path, self.count = path if processes.is_first() else os.devnull, 0
         kept = []
         if os.path.exists(self.path) and resume_step:
             with open(self.path, encoding="utf-8") as f:

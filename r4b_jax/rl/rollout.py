@@ -18,12 +18,14 @@ import dataclasses
 import jax
 import numpy as np
 
+from r4b_jax.common import processes, sharding
 from r4b_jax.common.arrays import Array, Batch
 from r4b_jax.config import BPOConfig, Config
 from r4b_jax.data import dialogue
 from r4b_jax.data.examples import Example, Question, empty_batch, encode_prompt, place
 from r4b_jax.data.tokenizer import Tokenizer
-from r4b_jax.decoding.generate import Generation, Ids, forced_array, generate, pad_prompts
+from r4b_jax.decoding.generate import Generation, Ids, for_generation, forced_array, generate
+from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
 from r4b_jax.models.layers import in_int8
 
@@ -67,28 +69,34 @@ def launch_rollouts(
     """
     modes, sizes = rollout_modes(config.bpo), config.generate
     prompts = [encode_prompt(tokenizer, config.model.vision, q) for q in questions]
-    if config.bpo.int8_rollouts:
-        params = in_int8(params)
-    generation = generate(
-        config.model,
-        params,
-        pad_prompts(prompts, sizes.prompt_len, tokenizer.pad_id, config.model.vision.num_patches),
+    patches = config.model.vision.num_patches
+    work = (
+        pad_prompts(prompts, sizes.prompt_len, tokenizer.pad_id, patches),
         forced_array([dialogue.forced_ids(tokenizer, m) for m in modes], len(questions)),
         jax.random.split(key, (len(questions), len(modes))),
-        Ids.of(tokenizer),
-        max_new_tokens=sizes.max_new_tokens,
-        sampling=Sampling.of(
-            config.bpo.temperature, max_direct_tokens=sizes.max_direct_tokens or None
-        ),
-        queries_at_once=sizes.queries_at_once,
-        rollouts_at_once=sizes.rollouts_at_once,
     )
+    with sharding.for_rollouts(sizes.tensor):
+        params = for_generation(config.model, params)
+        if config.bpo.int8_rollouts:
+            params = in_int8(params)
+        generation = generate(
+            config.model,
+            params,
+            *sharding.place_rows(work),
+            Ids.of(tokenizer),
+            max_new_tokens=sizes.max_new_tokens,
+            sampling=Sampling.of(
+                config.bpo.temperature, max_direct_tokens=sizes.max_direct_tokens or None
+            ),
+            queries_at_once=sizes.queries_at_once,
+            rollouts_at_once=sizes.rollouts_at_once,
+        )
     return Rollouts(questions, prompts, modes, generation, [])
 
 
 def collect_rollouts(tokenizer: Tokenizer, launched: Rollouts) -> Rollouts:
     """Wait for launched rollouts and take the replies apart."""
-    generation = jax.device_get(launched.generation)
+    generation = processes.fetch(launched.generation)
     replies = [
         [
             dialogue.split_reply(tokenizer, tokens[:length])
@@ -111,7 +119,7 @@ def token_weights(bpo: BPOConfig, mode: str, length: int, num_forced: int) -> np
 
 
 def pack_rollouts(config: Config, tokenizer: Tokenizer, rollouts: Rollouts) -> list[RolloutBatch]:
-    """Micro-batches of `bpo.micro_rows` rows that hold every rollout once.
+    """Micro-batches, of `bpo.micro_rows` rows for each device, that hold every rollout once.
 
     Raises:
       ValueError: a prompt with one rollout does not fit a row of `bpo.packed_len`.
@@ -140,19 +148,20 @@ class _RolloutPacker:
     def __init__(self, config: Config, pad_id: int):
         self.config, self.pad_id = config, pad_id
         self.batches: list[RolloutBatch] = []
-        self.row = config.bpo.micro_rows  # none open yet
+        self.rows = config.bpo.micro_rows * sharding.row_shards(sharding.current())
+        self.row = self.rows  # none open yet
 
     def open_segment(self, prompt: Example, first_len: int):
         """Start a query: its prompt, where a branch of `first_len` tokens still has room."""
         need, bpo = len(prompt.tokens) + first_len, self.config.bpo
         if need > bpo.packed_len:
             raise ValueError(f"a prompt and a reply of {need} tokens exceed bpo.packed_len")
-        full = self.row < bpo.micro_rows and (
+        full = self.row < self.rows and (
             self.used + need > bpo.packed_len or self.tiles + len(prompt.tiles) > bpo.packed_tiles
         )
         if full:
             self.row += 1
-        if full or self.row == bpo.micro_rows:
+        if full or self.row == self.rows:
             self._open_row()
         out, patches = self.batches[-1].batch, self.config.model.vision.num_patches
         self.segment, self.branch, self.prefix_end = (
@@ -191,8 +200,8 @@ class _RolloutPacker:
     def _open_row(self):
         self.used, self.tiles, self.segment = 0, 0, 0
         bpo = self.config.bpo
-        if self.row == bpo.micro_rows:
-            self.row, shape = 0, (bpo.micro_rows, bpo.packed_len)
+        if self.row == self.rows:
+            self.row, shape = 0, (self.rows, bpo.packed_len)
             batch = empty_batch(*shape, bpo.packed_tiles, self.config.model.vision, self.pad_id)
             self.batches.append(
                 RolloutBatch(

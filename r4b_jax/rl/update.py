@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from r4b_jax.common import sharding
 from r4b_jax.common.arrays import Array
 from r4b_jax.config import COMPONENTS, BPOConfig, Config
 from r4b_jax.models import r4b
+from r4b_jax.models.layers import logical_axes
 from r4b_jax.rl.objectives import clipped_objective, importance, old_logps
 from r4b_jax.rl.rollout import RolloutBatch
 from r4b_jax.training.losses import token_logps
@@ -25,8 +27,7 @@ class Update(NamedTuple):
     """The jitted parts of an update."""
 
     reference: object  # (parameters, RolloutBatch) -> log-probabilities float32[B, T]
-    gradients: object  # of one micro-batch: see `make_update`
-    add: object  # (total, gradients) -> their sum; the total is donated
+    gradients: object  # of one micro-batch, added to those before: see `make_update`
     apply: object  # (trained, optimiser state, gradients) -> new ones and the gradient norm
 
 
@@ -47,14 +48,23 @@ def make_update(config: Config, never: tuple[int, ...]) -> Update:
     def logps_of(params, rollouts: RolloutBatch) -> Array:
         return token_logps(r4b.bind(sizes, params), rollouts.batch, sizes.loss_chunk, never)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnames="total")
     def gradients(
-        trained, frozen, rollouts, advantages, reference_logps, stored, is_first, num_rollouts
+        trained,
+        frozen,
+        rollouts,
+        advantages,
+        reference_logps,
+        stored,
+        is_first,
+        num_rollouts,
+        total=None,
     ):
         """Of one micro-batch, with respect to the components `trained`.
 
         Args:
           advantages: float32[Q * R]; reference_logps, stored: float32[B, T], the first or None.
+          total: the gradients of the micro-batches before, or None; donated.
         Returns:
           (gradients, log-probabilities float32[B, T], metric sums).
         """
@@ -69,18 +79,17 @@ def make_update(config: Config, never: tuple[int, ...]) -> Update:
             return loss, (logps, sums)
 
         grads, (logps, sums) = jax.grad(loss_fn, has_aux=True)(trained)
-        return grads, logps, sums
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(total, grads):
-        return jax.tree.map(jnp.add, total, grads)
+        if total is not None:
+            grads = jax.tree.map(jnp.add, total, grads)
+        return sharding.pin(grads, logical_axes), logps, sums
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def apply(trained, opt_state, grads):
         updates, opt_state = optimizer.update(grads, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(grads)
+        new = optax.apply_updates(trained, updates)
+        return *sharding.pin((new, opt_state), logical_axes), optax.tree.norm(grads)
 
-    return Update(jax.jit(logps_of), gradients, add, apply)
+    return Update(jax.jit(logps_of), gradients, apply)
 
 
 def bpo_loss(
@@ -122,6 +131,9 @@ def bpo_loss(
 def reference_pass(config: Config, parts: Update, reference: dict, batches) -> list:
     """The reference's log-probabilities of every micro-batch; without a KL there is nothing to do.
 
+    Args:
+      reference: parameters; their kernels may be cast.
+
     The device computes them after this returns.
     """
     if config.bpo.kl_beta == 0:
@@ -157,7 +169,7 @@ def update(
         on_policy = index == 0 and not bpo.overlap_rewards
         total, sums = None, []
         for i, batch in enumerate(batches):
-            grads, logps, part = parts.gradients(
+            total, logps, part = parts.gradients(
                 trained,
                 frozen,
                 batch,
@@ -166,10 +178,10 @@ def update(
                 stored[i],
                 on_policy,
                 float(advantages.size),
+                total,
             )
             if on_policy:
                 stored[i] = logps
-            total = grads if total is None else parts.add(total, grads)
             sums.append(part)
         trained, opt_state, grad_norm = parts.apply(trained, opt_state, total)
         sums = jax.device_get(sums)

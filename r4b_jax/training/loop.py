@@ -4,26 +4,40 @@ The order: restore or start; then for each step pack a batch, update, log, save.
 already done returns its parameters at once.
 """
 
+import contextlib
 import math
 import os
-import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from r4b_jax.common import cost, sharding
+from r4b_jax.common.arrays import Batch
 from r4b_jax.common.checkpoint import StageCheckpoints
-from r4b_jax.common.metrics import MetricWriter, Progress
+from r4b_jax.common.metrics import MetricWriter, Progress, StepClock, Trace
 from r4b_jax.config import Config
 from r4b_jax.data.loader import Loader
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.training.optimizer import stage_optimizer, trainable
 from r4b_jax.training.step import init_state, make_train_step
 
+TRACED_FROM = 3  # steps after the first one: by then all is compiled
 
-def run_stage(config: Config, name: str, params: dict, tokenizer: Tokenizer, workdir: str) -> dict:
+
+def run_stage(
+    config: Config,
+    name: str,
+    params: dict,
+    tokenizer: Tokenizer,
+    workdir: str,
+    trace_steps: int = 0,
+) -> dict:
     """Train the stage `config.<name>` from `params`, or from its newest checkpoint in
     `workdir`/<name>.
 
+    Args:
+      trace_steps: steps whose profile is written to `workdir`/trace.
     Returns:
       the parameters after the stage.
     Raises:
@@ -38,23 +52,28 @@ def run_stage(config: Config, name: str, params: dict, tokenizer: Tokenizer, wor
     first = int(state.step)
     if first < stage.num_steps:
         state = jax.tree.map(jnp.array, state)  # a copy of our own: the step donates it
-        state = _train(config, name, state, data, tokenizer, checkpoints, workdir)
+        trace = Trace(os.path.join(workdir, "trace"), first + TRACED_FROM, trace_steps)
+        state = _train(config, name, state, data, tokenizer, checkpoints, workdir, trace)
     checkpoints.close()
     return state.params
 
 
-def _train(config, name, state, data, tokenizer, checkpoints, workdir):
+def _train(config, name, state, data, tokenizer, checkpoints, workdir, trace):
     """The loop itself, from state.step to stage.num_steps."""
     stage, first = getattr(config, name), int(state.step)
     writer = MetricWriter(workdir, name, first)
     loader = Loader(config, name, tokenizer, **data)
     batches = iter(loader)
     train_step = make_train_step(config.model, stage)
-    clock = time.monotonic()
-    with Progress(name, stage.num_steps, first) as progress:
+    clock = StepClock()
+    with Progress(name, stage.num_steps, first) as progress, contextlib.closing(trace):
         for step in range(first + 1, stage.num_steps + 1):
-            batch = next(batches)
+            trace.step(step)
+            with clock.waiting():
+                host_batch = next(batches)
+                batch = sharding.place_rows(host_batch)
             state, metrics = train_step(state, batch)
+            clock.step(int(np.sum(host_batch.segment_ids > 0)))
             last = step == stage.num_steps
             log = step % config.log_every == 0 or last
             save = step % config.checkpoint_every == 0 or last
@@ -65,11 +84,13 @@ def _train(config, name, state, data, tokenizer, checkpoints, workdir):
                         f"stage {name}, step {step}: the loss is {values['loss']}"
                     )
             if log:
-                values["seconds"] = time.monotonic() - clock
+                values |= clock.record(_flops_per_token(config, host_batch))
                 values["dropped"] = loader.dropped
                 values["packed"] = values["tokens"] / batch.tokens.size
                 writer.write(step, values)
-                progress.advance(0, loss=values["loss"])
+                shown = {"tokens/s": values["tokens_per_second"]}
+                shown |= {"mfu": values["mfu"]} if "mfu" in values else {}
+                progress.advance(0, loss=values["loss"], **shown)
             if save:
                 counters = {"position": loader.position, "dropped": loader.dropped}
                 checkpoints.save(state, counters)
@@ -77,3 +98,13 @@ def _train(config, name, state, data, tokenizer, checkpoints, workdir):
     batches.close()
     writer.close()
     return state
+
+
+def _flops_per_token(config: Config, batch: Batch) -> float:
+    """What the formula says a real token of such a batch costs, pictures and attention included."""
+    tokens = int(np.sum(batch.segment_ids > 0))
+    tiles = batch.tiles.shape[0] * batch.tiles.shape[1]
+    loss_tokens = int(np.sum(batch.loss_weights > 0))
+    pairs = int(np.sum((batch.positions + 1) * (batch.segment_ids > 0)))  # plain documents
+    parts = cost.train_flops(config.model, tokens, tiles, loss_tokens, pairs)
+    return sum(parts.values()) / max(tokens, 1)

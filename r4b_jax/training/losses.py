@@ -4,18 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from r4b_jax.common.arrays import Array, Batch
-from r4b_jax.decoding.sampling import ban, logp_of
 from r4b_jax.models.r4b import R4B
+from r4b_jax.models.vocabulary import chunked_logps
 
 
 def token_logps(model: R4B, batch: Batch, chunk: int, never: tuple[int, ...] = ()) -> Array:
     """log p(token | what it sees) for the places of packed rows that carry loss.
 
-    Logits exist for `chunk` tokens at a time and are recomputed in the backward pass; chunks of
-    which no place has a loss weight are skipped.
-
     Args:
-      chunk: tokens whose logits exist at once; the last chunk is padded.
+      chunk: tokens whose logits exist at once, on a device.
       never: ids the sampler could not produce, banned here too (rollouts); () in supervised
         training.
     Returns:
@@ -23,30 +20,8 @@ def token_logps(model: R4B, batch: Batch, chunk: int, never: tuple[int, ...] = (
     """
     hidden = model.hidden(batch)
     hidden = jnp.take_along_axis(hidden, batch.predecessors[..., None], 1)
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), batch.tokens.reshape(-1)
-    # Places that carry loss first: of a picture's thousands of tokens none does.
-    needed = batch.loss_weights.reshape(-1) > 0
-    order = jnp.argsort(~needed, stable=True)
-    count = targets.shape[0]
-    chunk = min(chunk, count)
-    padding = -count % chunk
-
-    def chunks(x):
-        x = jnp.pad(jnp.asarray(x)[order], [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
-
-    def logps_of(hidden, targets):
-        return logp_of(ban(model.language_model.logits(hidden), never), targets)
-
-    @jax.checkpoint  # around the cond: inside it, the head would be kept once a chunk
-    def one_chunk(args):
-        hidden, targets, needed = args
-        nothing = jnp.zeros((chunk,), jnp.float32)
-        return jax.lax.cond(jnp.any(needed), logps_of, lambda *_: nothing, hidden, targets)
-
-    logps = jax.lax.map(one_chunk, (chunks(hidden), chunks(targets), chunks(needed)))
-    logps = jnp.zeros((count,), jnp.float32).at[order].set(logps.reshape(-1)[:count])
-    return logps.reshape(batch.tokens.shape)
+    needed, head = batch.loss_weights > 0, model.language_model.head
+    return chunked_logps(hidden, head, batch.tokens, needed, chunk, never)
 
 
 def supervised_loss(model: R4B, batch: Batch, chunk: int) -> tuple[Array, Array]:

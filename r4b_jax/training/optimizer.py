@@ -63,6 +63,7 @@ def _component_optimizer(rate: optax.Schedule, stage: StageConfig):
         rate,
         weight_decay=stage.weight_decay,
         adam_b2=stage.b2,
+        mu_dtype=stage.moment_dtype,
         adam_weight_decay=stage.weight_decay,
         adam_learning_rate=lambda step: rate(step) * stage.adam_lr_ratio,
         muon_weight_dimension_numbers=_muon_matrices,
@@ -81,4 +82,10 @@ def _muon_matrices(params):
 
 
 def _adamw(rate: optax.Schedule, settings) -> optax.GradientTransformation:
-    return optax.adamw(rate, b1=0.9, b2=settings.b2, weight_decay=settings.weight_decay)
+    return optax.adamw(
+        rate,
+        b1=0.9,
+        b2=settings.b2,
+        weight_decay=settings.weight_decay,
+        mu_dtype=settings.moment_dtype,
+    )

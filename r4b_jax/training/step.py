@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r4b_jax.common import sharding
 from r4b_jax.common.arrays import Array, Batch
 from r4b_jax.config import ModelConfig, StageConfig
 from r4b_jax.models import r4b
+from r4b_jax.models.layers import logical_axes
 from r4b_jax.training.losses import caption_words_loss, supervised_loss
 from r4b_jax.training.optimizer import stage_optimizer, trainable
 
@@ -25,16 +27,23 @@ class TrainState:
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, names) -> TrainState:
-    """A fresh state that trains the components `names` of `params`."""
-    return TrainState(jnp.int32(0), params, optimizer.init({n: params[n] for n in names}))
+    """A fresh state that trains the components `names` of `params`, which it shares; the rest lies
+    on the mesh as they do."""
+
+    def rest(params: dict):
+        opt_state = optimizer.init({name: params[name] for name in names})
+        return sharding.pin((jnp.int32(0), opt_state), logical_axes)
+
+    step, opt_state = jax.jit(rest)(params)
+    return TrainState(step, params, opt_state)
 
 
 def apply_gradients(state: TrainState, grads: dict, optimizer) -> TrainState:
     """One optimiser step on the components that `grads` holds; the others stay as they are."""
     old = {name: state.params[name] for name in grads}
     updates, opt_state = optimizer.update(grads, state.opt_state, old)
-    params = state.params | optax.apply_updates(old, updates)
-    return TrainState(state.step + 1, params, opt_state)
+    new, opt_state = sharding.pin((optax.apply_updates(old, updates), opt_state), logical_axes)
+    return TrainState(state.step + 1, state.params | new, opt_state)
 
 
 def make_train_step(config: ModelConfig, stage: StageConfig):
@@ -47,18 +56,20 @@ def make_train_step(config: ModelConfig, stage: StageConfig):
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        def loss_fn(trained: dict):
+        def loss_of(trained: dict, batch: Batch) -> tuple[Array, Array]:
             model = r4b.bind(config, state.params | trained)
             if stage.objective == "caption_words":
-                total, weight = caption_words_loss(model, batch)
-            else:
-                total, weight = supervised_loss(model, batch, config.loss_chunk)
-            return total / jnp.maximum(weight, 1e-6)
+                return caption_words_loss(model, batch)
+            return supervised_loss(model, batch, config.loss_chunk)
 
         trained = {name: state.params[name] for name in names}
-        loss, grads = jax.value_and_grad(loss_fn)(trained)
+        rows = batch.tokens.shape[0] // sharding.row_shards()  # of each device
+        parts = rows // (stage.micro_rows or rows)
+        grads, loss, weight = accumulate(loss_of, trained, batch, parts)
+        weight = jnp.maximum(weight, 1e-6)
+        grads = jax.tree.map(lambda x: x / weight, grads)
         metrics = {
-            "loss": loss,
+            "loss": loss / weight,
             "grad_norm": optax.tree.norm(grads),
             "loss_tokens": jnp.sum(batch.loss_weights > 0),
             "tokens": jnp.sum(batch.segment_ids > 0),
@@ -66,3 +77,29 @@ def make_train_step(config: ModelConfig, stage: StageConfig):
         return apply_gradients(state, grads, optimizer), metrics
 
     return train_step
+
+
+def accumulate(loss_of, trained: dict, batch: Batch, parts: int) -> tuple[dict, Array, Array]:
+    """Gradient of a sum over the batch, the sum and its weight, in micro-batches one by one.
+
+    Row r of the batch is in micro-batch r % parts, so that each device's rows stay where they are.
+
+    Args:
+      loss_of: function (trained, micro-batch) -> (sum, weight).
+    """
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    if parts == 1:
+        (loss, weight), grads = value_and_grad(trained, batch)
+        return sharding.pin(grads, logical_axes), loss, weight
+
+    def micro(x):
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, None, "rows", *[None] * (x.ndim - 2))
+
+    def add(total, batch):
+        (loss, weight), grads = value_and_grad(trained, batch)
+        grads = sharding.pin(grads, logical_axes)
+        return jax.tree.map(jnp.add, total, (grads, loss, weight)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, trained), jnp.float32(0), jnp.float32(0)
+    return jax.lax.scan(add, zeros, jax.tree.map(micro, batch))[0]
