@@ -59,6 +59,7 @@ def prepare():
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at once
         "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",  # libtpu's own troubles with the text of large programs
     }
 
 

@@ -12,6 +12,7 @@ from helpers import MODEL, assert_trees_close, one_a_row, questions, with_reply
 
 from r4b_jax import config as c
 from r4b_jax.common.checkpoint import StageCheckpoints
+from r4b_jax.data.examples import Packer, Question, encode_question
 from r4b_jax.models import r4b
 from r4b_jax.training.losses import caption_words_loss, supervised_loss, token_logps
 from r4b_jax.training.optimizer import bpo_optimizer, schedule, stage_optimizer, trainable
@@ -299,6 +300,26 @@ def test_recomputing_layers_changes_neither_loss_nor_gradients(batch, params):
         results.append(jax.device_get(loss(params)))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     assert_trees_close(results[0][1], results[1][1], 1e-5)
+
+
+def test_twenty_batches_of_varying_pictures_compile_one_program(params, tokenizer):
+    """Packing exists so that shapes stand still: a recompilation costs more than the step."""
+    stage = c.StageConfig(num_steps=20, batch_rows=2, packed_len=90, packed_tiles=3, **WARMUP_LIKE)
+    names = trainable(stage)
+    state = init_state(jax.tree.map(jnp.array, params), stage_optimizer(stage), names)
+    step, rng, tiles = make_train_step(MODEL, stage), np.random.default_rng(0), set()
+    vision = dataclasses.replace(MODEL.vision, grid_pinpoints=((8, 8), (8, 16), (16, 8)))
+    for i in range(20):
+        packer = Packer(2, 90, 3, vision, tokenizer.pad_id)
+        for _ in range(rng.integers(1, 5)):
+            side = int(rng.integers(3, 30)), int(rng.integers(3, 30))
+            image = rng.integers(0, 256, (*side, 3), np.uint8) if rng.random() < 0.7 else None
+            question = Question("ocr", image, "Read it." * rng.integers(1, 3), "12", "")
+            settings = dict(mask_empty_block=False, length_power=0.0)
+            packer.add(encode_question(tokenizer, vision, question, False, **settings))
+        tiles.add(int(packer.tiles_used.sum()))
+        state, _ = step(state, packer.batch)
+    assert len(tiles) > 2 and step._cache_size() == 1
 
 
 # Checkpoints

@@ -122,9 +122,10 @@ def generate(
     # Each copy of the parameters answers its own queries, in as many steps as those take.
     rows, whole = PartitionSpec(sharding.ROWS), PartitionSpec()
     specs = {"in_specs": (whole, whole, rows), "out_specs": rows}
-    axes = frozenset(sharding.ROWS)
-    run = jax.shard_map(answer, axis_names=axes, check_vma=False, **specs)
-    return _results(run(params, sampling, work))
+    run = functools.partial(jax.shard_map, check_vma=False, **specs)
+    if mesh.shape[sharding.TENSOR] > 1:  # which the compiler splits, and a kernel for itself
+        run = functools.partial(run, axis_names=frozenset(sharding.ROWS))
+    return _results(run(answer)(params, sampling, work))
 
 
 def _answer(config, ids, max_new_tokens, slots, params, sampling, work) -> dict:

@@ -129,19 +129,20 @@ def backward(q, k, v, out, log_total, d_out, blocks: Layout):
             d_probs = jnp.einsum("kah,ksh->kas", d_out[x], v[y], preferred_element_type=f32)
             d_scores = (probs * (d_probs - delta[x][..., None])).astype(q.dtype)
             d_q += jnp.einsum("kas,ksh->kah", d_scores, k[y], preferred_element_type=f32)
-            more_k = jnp.einsum("kas,kah->ksh", d_scores, q[x], preferred_element_type=f32)
+            # The narrow factor is the left one: a CPU would multiply by a transposed large one.
+            more_k = jnp.einsum("kah,kas->khs", q[x], d_scores, preferred_element_type=f32)
             probs = probs.astype(v.dtype)
-            more_v = jnp.einsum("kas,kah->ksh", probs, d_out[x], preferred_element_type=f32)
+            more_v = jnp.einsum("kah,kas->khs", d_out[x], probs, preferred_element_type=f32)
             return d_q, d_k.at[y].add(more_k), d_v.at[y].add(more_v)
 
         start = (jnp.zeros(q.shape[1:], f32), *carry)
         d_q, *carry = jax.lax.fori_loop(0, blocks.counts[x], visit, start)
         return tuple(carry), d_q.astype(q.dtype)
 
-    zeros = jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+    zeros = (jnp.zeros(k.swapaxes(2, 3).shape, f32),) * 2
     (d_k, d_v), d_q = jax.lax.scan(one_block, zeros, jnp.arange(q.shape[0]))
     of_keys = (batch, length, num_kv)
-    d_k, d_v = (_join(x, of_keys, size).astype(k.dtype) for x in (d_k, d_v))
+    d_k, d_v = (_join(x.swapaxes(2, 3), of_keys, size).astype(k.dtype) for x in (d_k, d_v))
     return _join(d_q, (batch, length, num_heads), size), d_k, d_v
 
 

@@ -123,7 +123,11 @@ class Linear(nnx.Linear):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel.get_value()
         if not isinstance(kernel, Int8):
-            return super().__call__(x)
+            if sharding.active() is not None:  # rows and places may be split over devices
+                return super().__call__(x)
+            # One axis of rows: the kernel's gradient is then a product of two matrices, and not of
+            # their transposed copies.
+            return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         x = x.astype(self.dtype)
         out = (x @ kernel.values.astype(self.dtype)) * kernel.scale[0].astype(self.dtype)
         return out if self.bias is None else out + self.bias[...].astype(self.dtype)
