@@ -309,7 +309,7 @@ def test_twenty_batches_of_varying_pictures_compile_one_program(params, tokenize
     state = init_state(jax.tree.map(jnp.array, params), stage_optimizer(stage), names)
     step, rng, tiles = make_train_step(MODEL, stage), np.random.default_rng(0), set()
     vision = dataclasses.replace(MODEL.vision, grid_pinpoints=((8, 8), (8, 16), (16, 8)))
-    for i in range(20):
+    for _ in range(20):
         packer = Packer(2, 90, 3, vision, tokenizer.pad_id)
         for _ in range(rng.integers(1, 5)):
             side = int(rng.integers(3, 30)), int(rng.integers(3, 30))

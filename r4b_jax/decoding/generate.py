@@ -123,14 +123,20 @@ def generate(
     rows, whole = PartitionSpec(sharding.ROWS), PartitionSpec()
     specs = {"in_specs": (whole, whole, rows), "out_specs": rows}
     run = functools.partial(jax.shard_map, check_vma=False, **specs)
-    if mesh.shape[sharding.TENSOR] > 1:  # which the compiler splits, and a kernel for itself
+    if mesh.shape[sharding.TENSOR] > 1:
+        # The compiler splits that axis, and may let all devices meet: all must take every step.
+        answer = functools.partial(answer, in_step=True)
         run = functools.partial(run, axis_names=frozenset(sharding.ROWS))
     return _results(run(answer)(params, sampling, work))
 
 
-def _answer(config, ids, max_new_tokens, slots, params, sampling, work) -> dict:
+def _answer(config, ids, max_new_tokens, slots, params, sampling, work, in_step=False) -> dict:
     """Answer the queries of one copy of the parameters: the fields of a Generation, but `steps` is
-    int32[1] and `slots` is there, int32[1], instead of the occupancy."""
+    int32[1] and `slots` is there, int32[1], instead of the occupancy.
+
+    Args:
+      in_step: of several copies each takes a step while any of them must.
+    """
     num_queries, rollouts, _ = work.forced.shape
     slots = min(slots[0], num_queries), min(slots[1], rollouts)
     model = _bind(config, params)
@@ -139,15 +145,21 @@ def _answer(config, ids, max_new_tokens, slots, params, sampling, work) -> dict:
     def waits(state):
         return state.waiting < num_queries
 
+    def anyone(flag):
+        return jax.lax.pmax(flag.astype(jnp.int32), sharding.ROWS) > 0 if in_step else flag
+
+    def active(state):
+        return anyone(jnp.any(_active(state, rollouts)))
+
     def decode(state):
         state = _admit(model, ids, work, state)
         return jax.lax.while_loop(
-            lambda s: jnp.any(_active(s, rollouts)) & ~(waits(s) & _has_room(s, rollouts)),
+            lambda s: active(s) & ~anyone(waits(s) & _has_room(s, rollouts)),
             lambda s: _decode_step(model, ids, sampling, work, s),
             state,
         )
 
-    state = jax.lax.while_loop(lambda s: waits(s) | jnp.any(_active(s, rollouts)), decode, state)
+    state = jax.lax.while_loop(lambda s: anyone(waits(s)) | active(s), decode, state)
     return _raw(state)
 
 
