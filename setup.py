@@ -36,6 +36,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "aot": ["libtpu"],  # `python -m r4b_jax.plan`: the compiler for TPUs, where there is none
         "dev": [
             "hypothesis",
             "ipykernel",

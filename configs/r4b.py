@@ -2,7 +2,7 @@
 
 The stages have no steps yet: they wait for readers of people's own data (the small world of
 configs/tiny.py would teach this model nothing). What works today with these sizes: conversion
-(python -m r4b_jax.convert), chat, and whatever `jax.eval_shape` and ahead-of-time compilation tell.
+(python -m r4b_jax.convert), chat, and the plan (python -m r4b_jax.plan): see configs/annealing.py.
 """
 
 from r4b_jax import config as c

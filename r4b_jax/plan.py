@@ -202,17 +202,17 @@ def candidates(config: Config, program: str, devices: int) -> list[dict]:
     from r4b_jax.scaling.programs import stage_of
 
     name = "bpo" if program == "bpo" else stage_of(config)
-    meshes = [
-        {"mesh__data": devices // fsdp // tensor, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
-        for tensor in (1, 2, 4)
-        for fsdp in (8, 16, 32, 64)
-        if devices % (fsdp * tensor) == 0
-    ] or [{}]
+    # Wider than 32 splits a kernel so thin that its gradient is reduced whole.
+    meshes = []
+    for tensor in (n for n in (1, 2, 4) if devices % n == 0):
+        fsdp = min(devices // tensor, 32)
+        mesh = {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+        meshes.append({f"mesh__{axis}": size for axis, size in mesh.items()})
+    work = [("attention", 1), ("full", 1), ("full", 2), ("offload", 1), ("offload", 2)]
     return [
         {**mesh, "model__remat": remat, f"{name}__micro_rows": rows}
         for mesh in meshes
-        for remat in ("attention", "full", "offload")
-        for rows in (1, 2)
+        for remat, rows in work
     ]
 
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import runpy
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is installed, jax looks for a TPU
 
 import jax
 import jax.numpy as jnp
