@@ -9,6 +9,7 @@ checked before anything heavy is imported, so a mistake is told at once.
 import contextlib
 import json
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -46,6 +47,9 @@ _WORKDIR = flags.DEFINE_string(
     "Folder for checkpoints, metrics and the report; by default runs/<name>-seed<seed>.",
 )
 
+# Settings of where and when something is computed, and not of what: a run may go on with others.
+PLACEMENT = re.compile(r"config\.mesh\.|config\.generate\.tensor|\.(remat|loss_chunk|micro_rows)$")
+
 
 def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
     """All stages, both evaluations and the report; returns the content of report.json.
@@ -64,10 +68,10 @@ def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
 
     from r4b_jax.common import processes, sharding
 
-    with processes.first_goes_first("claim"):
-        claim(config, workdir)
     mesh = sharding.training_mesh(config.mesh)
     sharding.check_work(config, mesh)
+    with processes.first_goes_first("claim"):
+        claim(config, workdir)
     with contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh):
         return _run(config, workdir, trace_steps)
 
@@ -175,7 +179,9 @@ def claim(config: Config, workdir: str):
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             theirs = json.load(f)
-        changed = sorted(_differences(ours, theirs))
+        changed = [
+            name for name in sorted(_differences(ours, theirs)) if not PLACEMENT.search(name)
+        ]
         if changed:
             raise ConfigError(
                 f"{workdir} holds a run with other settings ({', '.join(changed)}); "
@@ -230,11 +236,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # the libraries' chatter; our own goes to the console
     try:
         config = from_config_dict(Config, CONFIG.value)
-        if _DISTRIBUTED.value or _COORDINATOR.value:
+        given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if given.count(None) in (1, 2) and not _DISTRIBUTED.value:
+            raise ConfigError("--coordinator, --num_processes and --process_id go together")
+        if _DISTRIBUTED.value or None not in given:
             check(config)
             from r4b_jax.common import processes
 
-            processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            processes.start(*given)
         name = os.path.join("runs", f"{config.name}-seed{config.seed}")
         run(config, _WORKDIR.value or name, _TRACE_STEPS.value)
     except ConfigError as error:

@@ -4,8 +4,9 @@
     python -m r4b_jax.plan --config=configs/bpo.py --topology=v5e:2x4 --program=bpo
     python -m r4b_jax.plan --config=configs/bpo.py --topology=v6e:2x4 --program=rollout --sweep
 
-Programs: `train`, the step of the config's last stage that has steps; `bpo`, an update; `rollout`,
-the replies of a BPO step; `evaluate`, those of a call in evaluation. Needs libtpu (`pip install
+Programs: `train`, the step of the config's last stage that has steps; `bpo`, all that a BPO step
+runs; `rollout`, its replies alone, with nothing trained on the same devices; `evaluate`, those of a
+call in evaluation. Needs libtpu (`pip install
 'r4b_jax[aot]'`) and no TPU. Memory and collectives are the compiler's, times are the least that the
 chips' data sheets allow. For a GPU (h200:8) the program is compiled for as many v5p chips.
 
@@ -31,7 +32,10 @@ _PROGRAM = flags.DEFINE_enum(
     "program", "train", ("train", "bpo", "rollout", "evaluate"), "What to compile."
 )
 _DOCUMENTS = flags.DEFINE_integer(
-    "documents", 1, "Equal documents that a packed row is taken to hold, for its attention's FLOPs."
+    "documents",
+    1,
+    "Equal documents that a row of `train` is taken to hold, for its attention's FLOPs.",
+    lower_bound=1,
 )
 _SCHEDULE = flags.DEFINE_bool(
     "schedule",
@@ -108,6 +112,8 @@ def ways_out(config: Config, program: str, mesh) -> list[dict]:
 
     name = "bpo" if program == "bpo" else stage_of(config)
     stage, ways = getattr(config, name), []
+    if program == "bpo" and config.generate.queries_at_once > 1:
+        ways.append({"generate__queries_at_once": config.generate.queries_at_once // 2})
     if config.model.remat in ("attention", "matmuls"):
         ways.append({"model__remat": "full"})
     if stage.micro_rows != 1:
@@ -228,9 +234,11 @@ def sweep(config: Config, topology: str, program: str, documents: int) -> list[t
                 other = changed(config, **settings)
                 check(other, has_data=False)
                 found.append((settings, plan(other, topology, program, documents)[0]))
-            except ConfigError as error:
+            except (ConfigError, RuntimeError) as error:
                 console.print(f"{as_flags(settings)}: {error}")
             progress.advance()
+    if not found:
+        raise ConfigError("nothing that was tried can be compiled")
     found.sort(key=lambda x: (not x[1].fits, x[1].step_seconds or math.inf, x[1].peak_gib))
     for settings, e in found:
         seconds = "" if e.step_seconds is None else f", {e.step_seconds:.2f} s a step at the least"
@@ -263,6 +271,7 @@ def run(argv):
             last = [dataclasses.asdict(e) for e in estimates]
     except ConfigError as error:
         front.stop(error)
+    last = [{k: None if v != v else v for k, v in part.items()} for part in last]  # no NaN in JSON
     print(json.dumps(last[0] | ({"parts": last[1:]} if len(last) > 1 else {})))
 
 

@@ -12,6 +12,7 @@ from r4b_jax.config import (
     ConfigError,
     GenerateConfig,
     MeshConfig,
+    StageConfig,
     VisionConfig,
 )
 
@@ -43,7 +44,13 @@ def check(config: Config, *, has_data: bool = True):
         ),
         _at_least("model.vision.max_grid_tiles", vision.max_grid_tiles, 1),
         _one_of("model.remat", config.model.remat, REMATS),
+        _at_least("model.loss_chunk", config.model.loss_chunk, 1),
         *_mesh_rules(config.mesh),
+        (
+            language.num_kv_heads % max(config.generate.tensor, 1) == 0,
+            f"generate.tensor ({config.generate.tensor}) must divide "
+            f"model.language.num_kv_heads ({language.num_kv_heads})",
+        ),
         (
             config.world.vocab_size <= language.vocab_size,
             f"world.vocab_size ({config.world.vocab_size}) must not exceed "
@@ -55,42 +62,47 @@ def check(config: Config, *, has_data: bool = True):
         *_bpo_rules(config.bpo, config.generate),
     ]
     for name in STAGES:
-        stage = getattr(config, name)
-        runs = stage.num_steps > 0
-        rate = stage.lr_projector + stage.lr_vision + stage.lr_language
-        rules += [
-            _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
-            _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
-            _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
-            _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
-            _one_of(f"{name}.moment_dtype", stage.moment_dtype, MOMENTS),
-            _at_least(f"{name}.micro_rows", stage.micro_rows, 0),
-            (
-                stage.micro_rows == 0 or stage.batch_rows % stage.micro_rows == 0,
-                f"{name}.micro_rows ({stage.micro_rows}) must divide {name}.batch_rows "
-                f"({stage.batch_rows})",
-            ),
-            (
-                stage.micro_rows == 0 or stage.objective == "next_token",
-                f"{name}.objective caption_words weighs words over the whole batch: "
-                f"{name}.micro_rows = 0",
-            ),
-            (
-                not runs
-                or stage.objective == "next_token"
-                or (stage.packed_tiles == 1 and not vision.grid_pinpoints),
-                f"{name}.objective caption_words takes one tile a row: {name}.packed_tiles = 1 and "
-                "model.vision.grid_pinpoints = ()",
-            ),
-            (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
-            (
-                not (runs and has_data) or bool(stage.topics),
-                f"{name} has no data: give it topics",
-            ),
-        ]
+        rules += _stage_rules(name, getattr(config, name), vision, has_data)
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"config.{message}")
+
+
+def _stage_rules(name: str, stage: StageConfig, vision: VisionConfig, has_data: bool):
+    """The rules of `check` for a supervised stage."""
+    runs = stage.num_steps > 0
+    rate = stage.lr_projector + stage.lr_vision + stage.lr_language
+    return [
+        _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
+        _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
+        _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
+        _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
+        _one_of(f"{name}.moment_dtype", stage.moment_dtype, MOMENTS),
+        _at_least(f"{name}.micro_rows", stage.micro_rows, 0),
+        _at_least(f"{name}.batch_rows", stage.batch_rows, 1),
+        (
+            stage.micro_rows == 0 or stage.batch_rows % stage.micro_rows == 0,
+            f"{name}.micro_rows ({stage.micro_rows}) must divide {name}.batch_rows "
+            f"({stage.batch_rows})",
+        ),
+        (
+            stage.micro_rows == 0 or stage.objective == "next_token",
+            f"{name}.objective caption_words weighs words over the whole batch: "
+            f"{name}.micro_rows = 0",
+        ),
+        (
+            not runs
+            or stage.objective == "next_token"
+            or (stage.packed_tiles == 1 and not vision.grid_pinpoints),
+            f"{name}.objective caption_words takes one tile a row: {name}.packed_tiles = 1 and "
+            "model.vision.grid_pinpoints = ()",
+        ),
+        (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
+        (
+            not (runs and has_data) or bool(stage.topics),
+            f"{name} has no data: give it topics",
+        ),
+    ]
 
 
 def _generate_rules(generate: GenerateConfig, vision: VisionConfig) -> list[tuple[bool, str]]:
@@ -122,6 +134,7 @@ def _bpo_rules(bpo: BPOConfig, generate: GenerateConfig) -> list[tuple[bool, str
         _one_of("bpo.mode_tokens", bpo.mode_tokens, ("mask", "policy", "behaviour")),
         _one_of("bpo.moment_dtype", bpo.moment_dtype, MOMENTS),
         _at_least("bpo.g", bpo.g, 1),
+        _at_least("bpo.micro_rows", bpo.micro_rows, 1),
         _at_least("bpo.updates_per_rollout", bpo.updates_per_rollout, 1),
         _at_least("bpo.eval_every", bpo.eval_every, 1),
         (bpo.num_steps == 0 or bool(bpo.topics), "bpo has no data: give it topics"),

@@ -265,13 +265,14 @@ def run_part(resumable, start, world_tokenizer):
                 raise Killed
 
         def go():
+            given = jax.tree.map(jnp.array, start)  # a stage takes what it is given
             if name == "bpo":
-                return loop.run_bpo(resumable, start, world_tokenizer, str(workdir))
+                return loop.run_bpo(resumable, given, world_tokenizer, str(workdir))
             if name == "overlapped bpo":
                 bpo = dataclasses.replace(resumable.bpo, overlap_rewards=True)
                 ahead = dataclasses.replace(resumable, bpo=bpo)
-                return loop.run_bpo(ahead, start, world_tokenizer, str(workdir))
-            return run_stage(resumable, name, start, world_tokenizer, str(workdir))
+                return loop.run_bpo(ahead, given, world_tokenizer, str(workdir))
+            return run_stage(resumable, name, given, world_tokenizer, str(workdir))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Progress, "advance", killing)
@@ -370,7 +371,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage_by_name_and_saves_nothing(
 ):
     """Training on after a NaN wastes the night and overwrites the last good checkpoint."""
     config = dataclasses.replace(resumable, log_every=3, checkpoint_every=1)
-    broken = start | {"image_newline": start["image_newline"] * np.nan}
+    broken = jax.tree.map(jnp.array, start)
+    broken |= {"image_newline": start["image_newline"] * np.nan}
     broken["projector"] = jax.tree.map(lambda x: x * np.nan, start["projector"])
     with pytest.raises(FloatingPointError, match="annealing, step"):
         run_stage(config, "annealing", broken, world_tokenizer, str(tmp_path))

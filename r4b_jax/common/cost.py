@@ -6,12 +6,12 @@ from their jaxprs. A product of [M, K] and [K, N] is 2 M N K FLOPs; nothing else
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from jax.extend import core
 
 from r4b_jax.common.chips import Chip
-from r4b_jax.config import LanguageConfig, ModelConfig
+from r4b_jax.config import COMPONENTS, LanguageConfig, ModelConfig
 
 # A program, counted
 
@@ -181,9 +181,12 @@ def train_flops(
     image_tiles: float,
     loss_tokens: float,
     attention_pairs: float,
+    trained: Collection[str] = COMPONENTS,
 ) -> dict[str, float]:
-    """FLOPs that training cannot do without, forward and backward (three times the forward), by
-    part of the model. Every component is taken to be trained; nothing is computed twice.
+    """FLOPs that training cannot do without, by part of the model; nothing is computed twice.
+
+    A part costs its forward pass, as much for the gradient of its input if something trained lies
+    before it, and as much for that of its kernels if it is trained itself.
 
     Args:
       tokens: of the decoder; image_tiles: of the tower; loss_tokens: whose logits are needed.
@@ -192,11 +195,15 @@ def train_flops(
     language, vision = config.language, config.vision
     patches = image_tiles * vision.num_patches
     vision_pairs = patches * vision.num_patches * vision.num_layers
+    decoder = "language_model" in trained
+    through = 2 if trained else 1  # whatever is trained, the gradient goes through the decoder
+    tower = 3 if "vision_tower" in trained else 1
     return {
-        "layers": 6.0 * tokens * layer_weights(language),
-        "head": 6.0 * loss_tokens * language.width * language.vocab_size,
-        "vision": 6.0 * patches * vision_weights(config) + 12.0 * vision_pairs * vision.width,
-        "attention": 3 * _pair_flops(language) * attention_pairs,
+        "layers": 2.0 * tokens * layer_weights(language) * (through + decoder),
+        "head": 2.0 * loss_tokens * language.width * language.vocab_size * (through + decoder),
+        "vision": tower
+        * (2.0 * patches * vision_weights(config) + 4.0 * vision_pairs * vision.width),
+        "attention": (3 if through == 2 else 1) * _pair_flops(language) * attention_pairs,
     }
 
 

@@ -119,13 +119,15 @@ class Trace:
     def __init__(self, folder: str, first: int, count: int):
         self.folder, self.first, self.count, self.runs = folder, first, count, False
 
-    def step(self, step: int):
-        """The step begins."""
-        if self.count and step == self.first:
+    def step(self, step: int, state):
+        """The step begins, as soon as the devices are done with `state`."""
+        if not self.count or step not in (self.first, self.first + self.count):
+            return
+        jax.block_until_ready(state)
+        self.close()
+        if step == self.first:
             jax.profiler.start_trace(self.folder)
             self.runs = True
-        if step == self.first + self.count:
-            self.close()
 
     def close(self):
         if self.runs:

@@ -28,12 +28,22 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_goes_first(what: str):
-    """The first process does the block; the others follow, and find what it wrote."""
-    if not is_first():
-        multihost_utils.sync_global_devices(what)
+    """The first process does the block; the others follow, and find what it wrote.
+
+    Raises:
+      RuntimeError: the first process failed; it tells why itself.
+    """
+    if is_first():
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            agree(np.array(done))
+        return
+    if not agree(np.array(False)):
+        raise RuntimeError(f"the first process failed: {what}")
     yield
-    if is_first() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def agree(value: np.ndarray) -> np.ndarray:

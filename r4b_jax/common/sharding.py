@@ -32,7 +32,7 @@ TABLE = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
 }
-ROWS, FSDP, TENSOR = TABLE["rows"], "fsdp", "tensor"
+ROWS, DATA, FSDP, TENSOR = TABLE["rows"], "data", "fsdp", "tensor"
 SLACK = 64 * 2**20  # bytes a device may hold beyond its share before that is refused ...
 LARGE = 2**20  # ... and parameters below so many bytes are never named for it
 
@@ -254,11 +254,17 @@ def place_rows(tree):
     return place(tree, lambda path, num_axes: ("rows", *[None] * (num_axes - 1)))
 
 
+def release(tree):
+    """Give back the memory of arrays that nobody may use any more."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array):
+            x.delete()
+
+
 def _put(x, where: NamedSharding):
     """One array; every process has the whole of it, or it is on the devices already."""
-    if isinstance(x, jax.Array) and (x.is_fully_addressable or x.committed):
-        if jax.process_count() == 1 or not x.is_fully_addressable:
-            return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_replicated):
+        return jax.device_put(x, where)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(np.asarray(jax.random.key_data(x)), where))
     x = np.asarray(x)

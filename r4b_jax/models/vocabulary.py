@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from r4b_jax.common import sharding
 from r4b_jax.common.arrays import Array
-from r4b_jax.common.sharding import FSDP, ROWS, TENSOR
+from r4b_jax.common.sharding import DATA, FSDP, ROWS, TENSOR
 from r4b_jax.models.attention import NEG_INF
 
 TAKE_CHUNK = 1024  # places of a row whose embeddings for all devices exist at once
@@ -48,6 +48,7 @@ def take(table: Array, tokens: Array, dtype) -> Array:
         return table[tokens].astype(dtype)
 
     def local(table, tokens):
+        table = jax.lax.pcast(table, DATA, to="varying")  # its gradient is summed once, at the end
         everyone = jax.lax.all_gather(tokens, FSDP, axis=0, tiled=True)
 
         @jax.checkpoint
@@ -81,10 +82,14 @@ def chunked_logps(hidden, table, targets, needed, chunk: int, never: tuple[int, 
     mesh = sharding.active(ROWS, SPLIT)
     if mesh is None:
         return _in_chunks(hidden, table, targets, needed, chunk, never, split=False)
-    rows = PartitionSpec(ROWS if sharding.divides(mesh, (ROWS, targets)) else None)
-    split = rows != PartitionSpec(None) and sharding.divides(mesh, (SPLIT, table))
+    if not sharding.divides(mesh, (ROWS, targets)):
+        return _in_chunks(hidden, table, targets, needed, chunk, never, split=False)
+    rows, split = PartitionSpec(ROWS), sharding.divides(mesh, (SPLIT, table))
 
     def local(hidden, targets, needed, table):
+        # The table's gradient is summed over copies once, at the end: inside, those that skip a
+        # chunk and those that do not would wait for each other.
+        table = jax.lax.pcast(table, DATA if split else ROWS, to="varying")
         return _in_chunks(hidden, table, targets, needed, chunk, never, split=split)
 
     specs = (rows, rows, rows, PartitionSpec(SPLIT if split else None))

@@ -51,6 +51,7 @@ def run_bpo(
     `workdir`/bpo.
 
     Args:
+      reference: given away: its memory is the state's, or free.
       trace_steps: steps whose profile is written to `workdir`/trace.
     Returns:
       the parameters after BPO.
@@ -61,14 +62,15 @@ def run_bpo(
     if checkpoints.latest is not None:
         state, _ = checkpoints.restore(state)
     if int(state.step) < config.bpo.num_steps:
-        # A copy of our own of what is trained: the update donates it. The rest is the reference's.
-        own = {name: state.params[name] for name in names}
-        if checkpoints.latest is None:
-            own = jax.tree.map(jnp.array, own)
-        state = TrainState(state.step, reference | own, state.opt_state)
-        # Of the reference only what is computed with is kept; what is frozen is the policy's own.
-        cast = cast_kernels({n: reference[n] for n in names}, config.model.compute_dtype)
-        frozen = {n: reference[n] for n in config.bpo.frozen}
+        # Of the reference that is kept which is computed with, if anything is; what is frozen is
+        # the policy's own. The update donates what is trained, so it must not be shared.
+        own = jax.tree.map(jnp.asarray, {name: state.params[name] for name in names})
+        kept = {name: reference[name] for name in names if config.bpo.kl_beta}
+        cast = jax.tree.map(jnp.array, cast_kernels(kept, config.model.compute_dtype))
+        frozen = {name: reference[name] for name in config.bpo.frozen}
+        if checkpoints.latest is not None:
+            sharding.release({name: reference[name] for name in names})
+        state = TrainState(state.step, frozen | own, state.opt_state)
         trace = Trace(os.path.join(workdir, "trace"), int(state.step) + TRACED_FROM, trace_steps)
         state = _train(config, state, cast | frozen, tokenizer, checkpoints, workdir, trace)
     checkpoints.close()
@@ -100,7 +102,7 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir, trace) -> 
         for step in range(first + 1, bpo.num_steps + 1):
             last = step == bpo.num_steps
             saves = step % config.checkpoint_every == 0 or last
-            trace.step(step)
+            trace.step(step, state)
             clock = Clock()
             rollouts = collect_rollouts(tokenizer, launched or launch(step))
             clock.lap("rollout")

@@ -165,7 +165,7 @@ def seen_pairs(segments: np.ndarray, branches: np.ndarray) -> int:
 
 def _speed(config, program: Program, chip: Chip, found, memory, documents: int) -> dict:
     """Time and use of a program; tokens a second are of one device."""
-    if program.name in ("rollout", "evaluate"):
+    if program.queries:
         return _decoding_speed(config, program, chip)
     if not program.rows:
         return {}

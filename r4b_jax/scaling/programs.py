@@ -39,7 +39,8 @@ class Program:
 
 
 def programs(config: Config, name: str, devices) -> list[Program]:
-    """The programs of a part of the recipe: `train` is the last stage that has steps.
+    """The programs of a part of the recipe: `train` is the last stage that has steps, `bpo` all
+    that a step runs, `rollout` its generation alone, with nothing trained beside it.
 
     Raises:
       ConfigError: the settings do not fit the devices, or name nothing to compile.
@@ -50,11 +51,11 @@ def programs(config: Config, name: str, devices) -> list[Program]:
         return [_train(config, mesh)]
     if name == "bpo":
         return _bpo(config, mesh)
-    bpo, generation = config.bpo, config.generate
-    mesh = sharding.rollout_mesh(mesh, generation.tensor)
     if name == "rollout":
-        return [_generate(config, mesh, name, bpo.num_queries, 2 * bpo.g, bpo.temperature)]
-    return [_generate(config, mesh, name, generation.batch_size, len(MODES), 0.0)]
+        return [_rollouts(config, mesh, name, resident=0)]
+    held = _bytes(sharding.abstract(model_params(config), logical_axes, mesh))
+    mesh = sharding.rollout_mesh(mesh, config.generate.tensor)
+    return [_generate(config, mesh, name, config.generate.batch_size, len(MODES), 0.0, held)]
 
 
 def stage_of(config: Config) -> str:
@@ -108,8 +109,8 @@ def _train(config: Config, mesh) -> Program:
 
 
 def _bpo(config: Config, mesh) -> list[Program]:
-    """The reference's log-probabilities, a micro-batch's gradients added to those of the others,
-    and the optimiser."""
+    """The rollouts, the reference's log-probabilities, a micro-batch's gradients added to those of
+    the others, and the optimiser."""
     bpo, params = config.bpo, model_params(config)
     names = trained_names(bpo)
     state = jax.eval_shape(lambda p: init_state(p, bpo_optimizer(bpo), names), params)
@@ -137,7 +138,9 @@ def _bpo(config: Config, mesh) -> list[Program]:
             trained, frozen, batch, advantages, known, logps, first, count, trained
         )
         apply = parts.apply.trace(trained, state.opt_state, trained)
+        everything = _bytes(state.params) + moments + held
         out = [
+            _rollouts(config, mesh, "bpo rollouts", everything),
             Program("bpo gradients", gradients, mesh, moments + held, rows),
             Program("bpo optimiser", apply, mesh, held + _bytes(frozen)),
         ]
@@ -147,7 +150,16 @@ def _bpo(config: Config, mesh) -> list[Program]:
     return out
 
 
-def _generate(config: Config, mesh, name: str, queries: int, rollouts: int, temperature) -> Program:
+def _rollouts(config: Config, mesh, name: str, resident: int) -> Program:
+    """The replies of a BPO step, on the devices of the training mesh `mesh`."""
+    bpo, mesh = config.bpo, sharding.rollout_mesh(mesh, config.generate.tensor)
+    work = bpo.num_queries, 2 * bpo.g, bpo.temperature
+    return _generate(config, mesh, name, *work, resident)
+
+
+def _generate(
+    config: Config, mesh, name: str, queries: int, rollouts: int, temperature, resident: int
+) -> Program:
     """Generation: all queries of a step, or of a call in evaluation."""
     sizes, shards = config.generate, sharding.row_shards(mesh)
     queries = -(-queries // shards) * shards
@@ -181,4 +193,4 @@ def _generate(config: Config, mesh, name: str, queries: int, rollouts: int, temp
             queries_at_once=sizes.queries_at_once,
             rollouts_at_once=sizes.rollouts_at_once,
         )
-    return Program(name, traced, mesh, 0, queries=queries, rollouts=rollouts)
+    return Program(name, traced, mesh, resident, queries=queries, rollouts=rollouts)

@@ -37,6 +37,7 @@ def run_stage(
     `workdir`/<name>.
 
     Args:
+      params: given away: their memory is the state's, or free.
       trace_steps: steps whose profile is written to `workdir`/trace.
     Returns:
       the parameters after the stage.
@@ -49,9 +50,10 @@ def run_stage(
     data = {"position": 0, "dropped": 0}
     if checkpoints.latest is not None:
         state, data = checkpoints.restore(state)
+        sharding.release(params)
     first = int(state.step)
     if first < stage.num_steps:
-        state = jax.tree.map(jnp.array, state)  # a copy of our own: the step donates it
+        state = jax.tree.map(jnp.asarray, state)
         trace = Trace(os.path.join(workdir, "trace"), first + TRACED_FROM, trace_steps)
         state = _train(config, name, state, data, tokenizer, checkpoints, workdir, trace)
     checkpoints.close()
@@ -68,7 +70,7 @@ def _train(config, name, state, data, tokenizer, checkpoints, workdir, trace):
     clock = StepClock()
     with Progress(name, stage.num_steps, first) as progress, contextlib.closing(trace):
         for step in range(first + 1, stage.num_steps + 1):
-            trace.step(step)
+            trace.step(step, state)
             with clock.waiting():
                 host_batch = next(batches)
                 batch = sharding.place_rows(host_batch)
@@ -84,7 +86,7 @@ def _train(config, name, state, data, tokenizer, checkpoints, workdir, trace):
                         f"stage {name}, step {step}: the loss is {values['loss']}"
                     )
             if log:
-                values |= clock.record(_flops_per_token(config, host_batch))
+                values |= clock.record(_flops_per_token(config, name, host_batch))
                 values["dropped"] = loader.dropped
                 values["packed"] = values["tokens"] / batch.tokens.size
                 writer.write(step, values)
@@ -100,11 +102,15 @@ def _train(config, name, state, data, tokenizer, checkpoints, workdir, trace):
     return state
 
 
-def _flops_per_token(config: Config, batch: Batch) -> float:
+def _flops_per_token(config: Config, name: str, batch: Batch) -> float:
     """What the formula says a real token of such a batch costs, pictures and attention included."""
     tokens = int(np.sum(batch.segment_ids > 0))
-    tiles = batch.tiles.shape[0] * batch.tiles.shape[1]
+    patches = config.model.vision.num_patches
+    used = np.where(batch.plan.weight != 0, batch.plan.index // patches, -1)
+    used = used.reshape(len(used), -1)
+    tiles = sum(len(np.setdiff1d(row, [-1, batch.tiles.shape[1]])) for row in used)
     loss_tokens = int(np.sum(batch.loss_weights > 0))
     pairs = int(np.sum((batch.positions + 1) * (batch.segment_ids > 0)))  # plain documents
-    parts = cost.train_flops(config.model, tokens, tiles, loss_tokens, pairs)
+    trained = trainable(getattr(config, name))
+    parts = cost.train_flops(config.model, tokens, tiles, loss_tokens, pairs, trained)
     return sum(parts.values()) / max(tokens, 1)
