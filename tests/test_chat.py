@@ -260,7 +260,7 @@ def test_padding_to_shared_shapes_changes_nothing(model, image, monkeypatch):
     """Lengths and tile counts are rounded up, so that few shapes are compiled."""
     settings = dict(mode="non-thinking", max_new_tokens=12)
     before = list(model.stream(QUESTION, [image], **settings))
-    monkeypatch.setattr("r4b_jax.decoding.generate.TILE_BUCKETS", (37,))
+    monkeypatch.setattr("r4b_jax.decoding.prompts.TILE_BUCKETS", (37,))
     assert list(model.stream(QUESTION, [image], **settings)) == before
 
 
