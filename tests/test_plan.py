@@ -74,9 +74,10 @@ def test_rollouts_and_the_update_are_planned_too():
     """All that a BPO step runs, with what each part leaves on the device while another runs."""
     pytest.importorskip("libtpu")
     small = ("--config=configs/bpo.py", "--topology=v5e:2x4", *SMALL)
-    found, _ = command(*small, "--program=bpo")
+    found, _ = command(*small, "--program=bpo", "--config.generate.tensor=8")
     parts = [found, *found["parts"]]
-    assert {p["program"] for p in parts} == {"bpo gradients", "bpo optimiser", "bpo reference"}
+    names = ("rollouts", "gradients", "optimiser", "reference")
+    assert {p["program"] for p in parts} == {f"bpo {name}" for name in names}
     assert parts[0]["resident_gib"] > 0 and all(p["fits"] for p in parts)
     found, _ = command(*small, "--program=rollout", "--config.generate.tensor=8")
     assert found["fits"] and found["tokens_per_second"] > 0

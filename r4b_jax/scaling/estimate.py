@@ -15,8 +15,10 @@ from r4b_jax.common import cost, sharding
 from r4b_jax.common.chips import GIB, Chip, chip_of
 from r4b_jax.config import Config, ConfigError
 from r4b_jax.models import tpu_attention
+from r4b_jax.rl.update import trained_names
 from r4b_jax.scaling.collectives import collectives, summary, wire_bytes
 from r4b_jax.scaling.programs import Program, stage_of
+from r4b_jax.training.optimizer import trainable
 
 # No compiler for GPUs without one: the same program is compiled for a v5p of as many chips.
 STAND_IN = {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
@@ -172,7 +174,8 @@ def _speed(config, program: Program, chip: Chip, found, memory, documents: int) 
     ids, devices = row_ids(config, program, documents), program.mesh.size
     visits = tpu_attention.visits(*ids, tpu_attention.BLOCK).queries.count[0]
     rows = program.rows // sharding.row_shards(program.mesh)
-    stage = config.bpo if program.name.startswith("bpo") else getattr(config, program.name)
+    is_bpo = program.name.startswith("bpo")
+    stage = config.bpo if is_bpo else getattr(config, program.name)
     parts = rows // (stage.micro_rows or rows)
     executed = cost.executed_flops(
         program.traced.jaxpr, trips={"kernel": rows / parts * int(visits)}
@@ -180,7 +183,8 @@ def _speed(config, program: Program, chip: Chip, found, memory, documents: int) 
     tokens = program.rows * int((ids[0] > 0).sum())
     tiles = program.rows * stage.packed_tiles
     pairs = program.rows * seen_pairs(*ids)
-    useful = sum(cost.train_flops(config.model, tokens, tiles, tokens, pairs).values())
+    trained = trained_names(config.bpo) if is_bpo else trainable(stage)
+    useful = sum(cost.train_flops(config.model, tokens, tiles, tokens, pairs, trained).values())
     if program.name == "bpo reference":
         useful /= 3  # the forward pass alone
     wire, exposed = wire_bytes(found) if found is not None else (0.0, 0.0)
