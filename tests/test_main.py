@@ -1,10 +1,12 @@
 """The whole run at its smallest: the report, the second call, and runs that were interrupted."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from helpers import CLASSES, CONFIG, MODEL
 
 from r4b_jax import config as c
 from r4b_jax import main
-from r4b_jax.common.metrics import Progress, read_metrics
+from r4b_jax.common.metrics import Progress, StepClock, Trace, read_metrics
 from r4b_jax.data.dialogue import MODES
 from r4b_jax.data.loader import examples
 from r4b_jax.data.tokenizer import Tokenizer
@@ -385,3 +387,36 @@ def test_settings_that_cannot_work_leave_no_folder(tmp_path):
     with pytest.raises(c.ConfigError, match="bpo.g"):
         main.run(broken, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_on_other_devices_and_with_other_memory_but_not_as_another_run(tmp_path):
+    """A pod of another size must be able to take over what one began."""
+    main.claim(CONFIG, str(tmp_path))
+    model = dataclasses.replace(CONFIG.model, remat="full")
+    moved = dataclasses.replace(CONFIG, mesh=c.MeshConfig(data=2), model=model)
+    main.claim(moved, str(tmp_path))
+    with pytest.raises(c.ConfigError, match="config.seed"):
+        main.claim(dataclasses.replace(moved, seed=1), str(tmp_path))
+
+
+def test_a_trace_is_written_of_the_steps_asked_for_and_of_no_others(tmp_path):
+    """A profile of all steps fills the disk; of none, the flag would lie."""
+    for count, written in ((0, 0), (2, 1)):
+        with contextlib.closing(Trace(str(tmp_path / str(count)), 2, count)) as trace:
+            for step in range(1, 6):
+                trace.step(step, jnp.ones(2))
+                assert trace.runs == (2 <= step < 2 + count)
+        assert len(list((tmp_path / str(count)).rglob("*.xplane.pb"))) == written
+
+
+def test_the_clock_tells_waiting_from_working():
+    """Whether a run is short of data or of devices is the first question to a slow one."""
+    clock = StepClock()
+    with clock.waiting():
+        time.sleep(0.02)
+    clock.step(tokens=300)
+    clock.step(tokens=100)
+    values = clock.record(flops_per_token=1.0)
+    assert 0.01 <= values["seconds/input"] <= values["seconds/step"]
+    total = 2 * values["seconds/step"]
+    np.testing.assert_allclose(values["tokens_per_second"], 400 / total, rtol=1e-6)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from r4b_jax.common import cost
 from r4b_jax.common.arrays import ImagePlan
-from r4b_jax.common.chips import GIB, Chip, chip_of
+from r4b_jax.common.chips import GIB, Chip, chip_of, chip_of_device
 from r4b_jax.config import ModelConfig
 from r4b_jax.data.examples import empty_batch
 from r4b_jax.decoding.generate import Ids, Prompts, generate
@@ -433,3 +433,33 @@ def test_summary():
 )
 def test_text_that_is_no_program_has_no_collectives(text):
     assert collectives(text) == []
+
+
+def test_what_is_frozen_costs_less():
+    """MFU of a warm-up stage would else be flattered threefold by a tower that only looks."""
+    config, work = ModelConfig(), (1000, 2, 700, 5000)
+    whole = cost.train_flops(config, *work)
+    warmup = cost.train_flops(config, *work, trained=("projector", "image_newline"))
+    third = {name: value / 3 for name, value in whole.items()}
+    assert warmup["vision"] == pytest.approx(third["vision"])
+    assert warmup["layers"] == pytest.approx(2 * third["layers"])  # the gradient goes through
+    assert warmup["attention"] == pytest.approx(whole["attention"])  # it has no kernels
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU v4", "v4"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_what_jax_calls_it(kind, name):
+    """The wrong chip would give a wrong MFU, no chip none."""
+    chip = chip_of_device(kind)
+    assert (chip and chip.name) == name
