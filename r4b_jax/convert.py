@@ -20,16 +20,16 @@ QUESTION = "What is shown in the picture?"
 
 def import_command(args):
     from r4b_jax.common.checkpoint import MODEL_FILE, ORIGINALS, save_model
-    from r4b_jax.common.sharding import training_mesh
+    from r4b_jax.common.sharding import placement, training_mesh
     from r4b_jax.config import MeshConfig
     from r4b_jax.data.conversation import OWN_TEMPLATE
     from r4b_jax.models import released
-    from r4b_jax.models.layers import param_placement
+    from r4b_jax.models.layers import logical_axes
 
     _expect_new(args.target)
     folders = [released.read_folder(source) for source in args.sources]
     config, parts = released.describe(folders)
-    where = param_placement(training_mesh(MeshConfig()))
+    where = placement(logical_axes, training_mesh(MeshConfig()))
     params, spare = released.load_params(folders, config, parts, sharding=where, seed=args.seed)
     os.makedirs(args.target, exist_ok=True)
     side = os.path.join(args.target, ORIGINALS)

@@ -6,9 +6,8 @@
 
 Programs: `train`, the step of the config's last stage that has steps; `bpo`, all that a BPO step
 runs; `rollout`, its replies alone, with nothing trained on the same devices; `evaluate`, those of a
-call in evaluation. Needs libtpu (`pip install
-'r4b_jax[aot]'`) and no TPU. Memory and collectives are the compiler's, times are the least that the
-chips' data sheets allow. For a GPU (h200:8) the program is compiled for as many v5p chips.
+call in evaluation. Needs libtpu (`pip install 'r4b_jax[aot]'`) and no TPU. Memory and collectives
+are the compiler's, times are the least that the chips' data sheets allow. For a GPU (h200:8) the program is compiled for as many v5p chips.
 
 The last line is JSON.
 """
@@ -81,16 +80,24 @@ def plan(config: Config, topology: str, program: str, documents: int = 1) -> lis
     return sorted(found, key=lambda e: -math.inf if math.isnan(e.peak_gib) else -e.peak_gib)
 
 
-def changed(config: Config, **settings) -> Config:
-    """A config with other settings: `model__remat="offload"`."""
+def changed(config: Config, settings: dict) -> Config:
+    """A config with other settings: {"model__remat": "offload"}."""
     for name, value in settings.items():
-        group, _, field = name.rpartition("__")
-        if group:
-            inner = dataclasses.replace(getattr(config, group), **{field: value})
-            config = dataclasses.replace(config, **{group: inner})
-        else:
-            config = dataclasses.replace(config, **{field: value})
+        group, field = name.split("__")
+        inner = dataclasses.replace(getattr(config, group), **{field: value})
+        config = dataclasses.replace(config, **{group: inner})
     return config
+
+
+def worst_with(config: Config, settings: dict, topology: str, program: str, documents: int = 1):
+    """The estimate with the highest peak, with other settings.
+
+    Raises:
+      ConfigError: they cannot work.
+    """
+    other = changed(config, settings)
+    check(other, has_data=False)
+    return plan(other, topology, program, documents)[0]
 
 
 def ways_out(config: Config, program: str, mesh) -> list[dict]:
@@ -189,9 +196,7 @@ def advise(config: Config, topology: str, program: str, estimates: list):
     for settings in ways_out(config, program, mesh)[:TRIED]:
         text = as_flags(settings)
         try:
-            other = changed(config, **settings)
-            check(other, has_data=False)
-            worst = plan(other, topology, program)[0]
+            worst = worst_with(config, settings, topology, program)
         except ConfigError as error:
             console.print(f"  {text}: {error}")
             continue
@@ -231,9 +236,8 @@ def sweep(config: Config, topology: str, program: str, documents: int) -> list[t
     with Progress("sweep", len(tried)) as progress:
         for settings in tried:
             try:
-                other = changed(config, **settings)
-                check(other, has_data=False)
-                found.append((settings, plan(other, topology, program, documents)[0]))
+                worst = worst_with(config, settings, topology, program, documents)
+                found.append((settings, worst))
             except (ConfigError, RuntimeError) as error:
                 console.print(f"{as_flags(settings)}: {error}")
             progress.advance()

@@ -351,13 +351,13 @@ def test_training_goes_on_from_a_converted_checkpoint(folder, tiny, tmp_path):
 EIGHT_DEVICES = """
 import sys, jax, numpy as np
 from r4b_jax.models import released
-from r4b_jax.common.sharding import training_mesh
+from r4b_jax.common.sharding import placement, training_mesh
 from r4b_jax.config import MeshConfig
-from r4b_jax.models.layers import param_placement
+from r4b_jax.models.layers import logical_axes
 folder = [released.read_folder(sys.argv[1])]
 config, parts = released.describe(folder)
 one, _ = released.load_params(folder, config, parts)
-where = param_placement(training_mesh(MeshConfig(data=4)))
+where = placement(logical_axes, training_mesh(MeshConfig(data=4)))
 eight, _ = released.load_params(folder, config, parts, sharding=where)
 assert len(jax.devices()) == 8
 assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, eight)))

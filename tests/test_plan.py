@@ -119,7 +119,7 @@ def test_ways_out_begin_with_the_cheapest_and_are_settings_that_exist():
         ways = plan.ways_out(config, program, {"data": 2, "fsdp": 2, "tensor": 1})
         assert len(ways) >= plan.TRIED - 1
         for settings in ways:
-            assert plan.changed(config, **settings) != config
+            assert plan.changed(config, settings) != config
     assert plan.as_flags({"model__remat": "offload"}) == "--config.model.remat=offload"
 
 

@@ -151,6 +151,11 @@ def names(path) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
+def placement(axes_of, mesh: Mesh):
+    """Where an array lies: a function (path of strings, shape) -> sharding; `axes_of` as below."""
+    return lambda path, shape: NamedSharding(mesh, spec(axes_of(path, len(shape)), shape, mesh))
+
+
 def placements(tree, axes_of, mesh: Mesh):
     """The sharding of each leaf of a tree of parameters, or of an optimiser's state over them.
 
@@ -158,10 +163,8 @@ def placements(tree, axes_of, mesh: Mesh):
       axes_of: function (path of strings, number of axes) -> logical axes.
     """
 
-    def place(path, x):
-        return NamedSharding(mesh, spec(axes_of(names(path), x.ndim), x.shape, mesh))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
+    where = placement(axes_of, mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, x: where(names(path), x.shape), tree)
 
 
 def abstract(tree, axes_of, mesh: Mesh | None):

@@ -53,16 +53,6 @@ def logical_axes(path: tuple[str, ...], num_axes: int) -> tuple:
     return (None,) * (num_axes - len(axes)) + axes
 
 
-def param_placement(mesh):
-    """Where parameters lie on a mesh: a function (path, shape) -> sharding."""
-
-    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
-        where = sharding.spec(logical_axes(path, len(shape)), shape, mesh)
-        return jax.sharding.NamedSharding(mesh, where)
-
-    return place
-
-
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Qwen3's)."""
 

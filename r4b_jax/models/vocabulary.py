@@ -80,9 +80,7 @@ def chunked_logps(hidden, table, targets, needed, chunk: int, never: tuple[int, 
       float32[B, T]; 0 or a meaningless number where it is not needed.
     """
     mesh = sharding.active(ROWS, SPLIT)
-    if mesh is None:
-        return _in_chunks(hidden, table, targets, needed, chunk, never, split=False)
-    if not sharding.divides(mesh, (ROWS, targets)):
+    if mesh is None or not sharding.divides(mesh, (ROWS, targets)):
         return _in_chunks(hidden, table, targets, needed, chunk, never, split=False)
     rows, split = PartitionSpec(ROWS), sharding.divides(mesh, (SPLIT, table))
 

@@ -80,9 +80,8 @@ def estimate(config: Config, program: Program, topology: str, documents: int) ->
       documents: equal documents that a packed row of a supervised stage is taken to hold.
     """
     chip, start = chip_of(topology), time.monotonic()
-    devices = program.mesh.size
     chip = chip.share(2) if chip.name == "tpu7x" else chip
-    note = "" if chip.name[0] == "v" or chip.name[0] == "t" else "memory as laid out for a v5p"
+    note = "memory as laid out for a v5p" if chip.name.startswith("h") else ""
     resident, hbm = program.resident / GIB, chip.hbm / GIB
     try:
         compiled = program.traced.lower().compile()
@@ -102,8 +101,6 @@ def estimate(config: Config, program: Program, topology: str, documents: int) ->
     }
     found = _collectives(compiled)
     speed = _speed(config, program, chip, found, memory, documents)
-    if speed and "tokens_per_second" in speed:
-        speed["tokens_per_second"] *= devices
     return Estimate(
         topology=topology,
         program=program.name,
@@ -166,7 +163,7 @@ def seen_pairs(segments: np.ndarray, branches: np.ndarray) -> int:
 
 
 def _speed(config, program: Program, chip: Chip, found, memory, documents: int) -> dict:
-    """Time and use of a program; tokens a second are of one device."""
+    """Time and use of a program: fields of an Estimate."""
     if program.queries:
         return _decoding_speed(config, program, chip)
     if not program.rows:
@@ -189,7 +186,10 @@ def _speed(config, program: Program, chip: Chip, found, memory, documents: int) 
         useful /= 3  # the forward pass alone
     wire, exposed = wire_bytes(found) if found is not None else (0.0, 0.0)
     # At the least the arguments are read and written, and each kernel is read three times a part.
-    kernels = 3 * parts * 2 * 4.4e9 / program.mesh.shape["tensor"]
+    language = config.model.language
+    weights = cost.layer_weights(language) + cost.vision_weights(config.model)
+    weights += language.vocab_size * language.width
+    kernels = 3 * parts * 2 * weights / program.mesh.shape["tensor"]
     traffic = 2 * memory.argument_size_in_bytes + kernels
     share = exposed / wire if wire else 0.0
     roof = cost.roofline(executed.total / devices, traffic, wire, chip, share)
@@ -199,7 +199,7 @@ def _speed(config, program: Program, chip: Chip, found, memory, documents: int) 
         "useful_flops": useful / devices,
         "executed_flops": executed.total / devices,
         "mfu_ceiling": roof.utilisation(useful / devices, chip),
-        "tokens_per_second": tokens / devices / roof.seconds,
+        "tokens_per_second": tokens / roof.seconds,
     }
 
 
@@ -225,5 +225,5 @@ def _decoding_speed(config, program: Program, chip: Chip) -> dict:
         "bound": "memory" if steps * step > prefill else "compute",
         "useful_flops": useful / together,
         "mfu_ceiling": useful / together / seconds / chip.peak,
-        "tokens_per_second": queries * rollouts * sizes.max_new_tokens / seconds / together,
+        "tokens_per_second": copies * queries * rollouts * sizes.max_new_tokens / seconds,
     }

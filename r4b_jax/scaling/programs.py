@@ -21,7 +21,6 @@ from r4b_jax.rl.update import make_update, trained_names
 from r4b_jax.training.optimizer import bpo_optimizer, stage_optimizer, trainable
 from r4b_jax.training.step import init_state, make_train_step
 
-PROGRAMS = ("train", "bpo", "rollout", "evaluate")
 IDS = Ids(end=1, pad=0, thinking=2, direct=3, end_think=4, never=(5,))  # any
 
 
