@@ -33,13 +33,7 @@ def parser(description: str, work: dict = measure.GROUPS) -> argparse.ArgumentPa
 
 def timed(run, repeats: int) -> dict:
     """Time `run(number)` after one run that compiles: seconds a repeat, peak memory in GiB."""
-    with measure.Clock() as first:
-        run(0)
-    clocks = []
-    for i in range(1, repeats + 1):
-        with measure.Clock() as clock:
-            run(i)
-        clocks.append(clock)
+    first, *clocks = measure.repeat(run, repeats + 1)
     return {
         "cpu_s": [c.cpu for c in clocks],
         "wall_s": [c.wall for c in clocks],

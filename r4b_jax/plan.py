@@ -7,7 +7,8 @@
 Programs: `train`, the step of the config's last stage that has steps; `bpo`, all that a BPO step
 runs; `rollout`, its replies alone, with nothing trained on the same devices; `evaluate`, those of a
 call in evaluation. Needs libtpu (`pip install 'r4b_jax[aot]'`) and no TPU. Memory and collectives
-are the compiler's, times are the least that the chips' data sheets allow. For a GPU (h200:8) the program is compiled for as many v5p chips.
+are the compiler's, times are the least that the chips' data sheets allow. For a GPU (h200:8) the
+program is compiled for as many v5p chips.
 
 The last line is JSON.
 """

@@ -62,13 +62,13 @@ def main():
     prompts = hf_models.prompts(args.model, args.prompts, args.prompt_length)
 
     work(model, prompts, args.samples, args.warm_up_tokens)
-    clocks = []
-    for _ in range(args.repeats):
-        with measure.Clock() as clock:
-            out = work(model, prompts, args.samples, args.new_tokens)
-        expected = args.prompts * args.samples, args.prompt_length + args.new_tokens
+    expected = args.prompts * args.samples, args.prompt_length + args.new_tokens
+
+    def run(_: int):
+        out = work(model, prompts, args.samples, args.new_tokens)
         assert out.shape == expected, out.shape
-        clocks.append(clock)
+
+    clocks = measure.repeat(run, args.repeats)
     measure.report(
         args,
         "W1",

@@ -44,11 +44,7 @@ def main():
     batch = batch_of(args)
 
     step(model, optimizer, batch)  # warm-up
-    clocks = []
-    for _ in range(args.repeats):
-        with measure.Clock() as clock:
-            step(model, optimizer, batch)
-        clocks.append(clock)
+    clocks = measure.repeat(lambda _: step(model, optimizer, batch), args.repeats)
     measure.report(
         args,
         "W3",

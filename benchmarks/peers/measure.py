@@ -62,6 +62,16 @@ class Clock:
         self.cpu = time.process_time() - self.cpu
 
 
+def repeat(run, count: int) -> list[Clock]:
+    """Runs `run(number)` so often: the clock of each run."""
+    clocks = []
+    for number in range(count):
+        with Clock() as clock:
+            run(number)
+        clocks.append(clock)
+    return clocks
+
+
 def peak_rss_gb() -> float:
     """This process's peak of resident memory in GiB, from its start; not that of its parent,
     which getrusage would report if it is larger."""

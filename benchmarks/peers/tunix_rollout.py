@@ -43,12 +43,9 @@ def main():
     prompts = tunix_models.prompts(args.prompts, args.prompt_length)
     prompts = [p for p in prompts for _ in range(args.samples)]
 
-    clocks = []
-    for i in range(args.repeats + 1):
-        with measure.Clock() as clock:
-            rollouts(sampler, prompts, args, seed=i)
-        clocks.append(clock)
-    warm_up, *clocks = clocks
+    warm_up, *clocks = measure.repeat(
+        lambda number: rollouts(sampler, prompts, args, seed=number), args.repeats + 1
+    )
     measure.report(
         args,
         "W1",

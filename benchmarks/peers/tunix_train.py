@@ -51,13 +51,11 @@ def main():
     args = measure.parser(__doc__, models=("m2",), work=measure.ROWS).parse_args()
     trainer, batch = build_trainer(args), batch_of(args)
 
-    clocks = []
-    for _ in range(args.repeats + 1):
-        with measure.Clock() as clock:
-            trainer.train([batch])
-            jax.block_until_ready(nnx.state(trainer.model))
-        clocks.append(clock)
-    warm_up, *clocks = clocks
+    def step(_: int):
+        trainer.train([batch])
+        jax.block_until_ready(nnx.state(trainer.model))
+
+    warm_up, *clocks = measure.repeat(step, args.repeats + 1)
     measure.report(
         args,
         "W3",
