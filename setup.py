@@ -11,25 +11,32 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
+        "array_record>=0.8",
+        "datasketch>=2",  # near duplicates
+        "diskcache>=5.6",  # replies that were paid for
         "easy-vqa",  # 5,000 pictures and 48,248 questions of the small world (MIT)
         # flax up to 0.12.8 breaks on jax 0.11.1 and newer; later flax needs Python 3.12. jax 0.11
         # needs Python 3.12 too, so on 3.11 pip settles on jax 0.10 with flax 0.12.8 by itself.
         'flax>=0.12.8; python_version < "3.12"',
         'flax>=0.12.9; python_version >= "3.12"',
         "grain>=0.2.18",
+        "httpx>=0.28",
         "jinja2",  # the chat templates of checkpoints
         "jax>=0.10.2",
         "math-verify>=0.8",  # the reward of mathematics; timeouts can be turned off since 0.8
         "matplotlib",
         "ml_collections>=1.1",
+        "msgpack",
         "numpy>=2",
         "optax>=0.2.8",  # Muon with dimension numbers
         "orbax-checkpoint>=0.11",
         "pebble>=5.2",  # reward workers with a deadline
         "pillow",
+        "pyarrow>=20",
         "rich",
         "safetensors>=0.5",
         "scikit-learn",  # the handwritten digits
+        "tenacity>=9",
         "tensorboardX",
         "tokenizers>=0.22",
     ],

@@ -17,7 +17,8 @@ import sizes
 from r4b_jax import config as c
 from r4b_jax.data import images
 from r4b_jax.data.dialogue import Reply
-from r4b_jax.data.examples import Example, Packer, Question, encode
+from r4b_jax.data.examples import Example, Packer, encode
+from r4b_jax.data.samples import Sample
 from r4b_jax.decoding.generate import Generation, Ids, forced_array, generate
 from r4b_jax.decoding.prompts import pad_prompts
 from r4b_jax.decoding.sampling import Sampling
@@ -152,7 +153,7 @@ def random_rollouts(config: c.Config, *, sees: bool) -> Rollouts:
         steps=new,
         occupancy=1.0,
     )
-    questions = [Question("any", None, "", "", "")] * bpo.num_queries
+    questions = [Sample.ask("any", None, "", "")] * bpo.num_queries
     replies = [[Reply(None, "", False, new)] * shape[1]] * bpo.num_queries
     return Rollouts(questions, prompts(config, sees=sees), ["auto"] * shape[1], generation, replies)
 

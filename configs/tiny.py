@@ -12,9 +12,19 @@ LR = 0.02
 
 
 def stage(**settings) -> c.StageConfig:
-    shape = dict(batch_rows=16, packed_len=192, packed_tiles=5)
+    shape = dict(batch_rows=16, packed_len=192, packed_tiles=5, sources=("world",))
     muon = dict(optimizer="muon", adam_lr_ratio=0.2, b2=0.98)
     return c.StageConfig(**muon, **(shape | settings))
+
+
+def direct(**weights: float) -> dict:
+    """A mixture of direct samples."""
+    return {topic: (weight, 0.0) for topic, weight in weights.items()}
+
+
+def thinking(**weights: float) -> dict:
+    """A mixture of samples with their working."""
+    return {topic: (0.0, weight) for topic, weight in weights.items()}
 
 
 def get_config(size: str = "full"):
@@ -46,11 +56,14 @@ def get_config(size: str = "full"):
             remat="matmuls",
             loss_chunk=2048,
         ),
-        world=c.WorldConfig(vocab_size=512, think_share_reasoning=0.38),
+        world=c.WorldConfig(vocab_size=512),
+        sources={
+            "world": c.SourceConfig(path="world"),
+            "curated": c.SourceConfig(path="{workdir}/curation/samples.jsonl"),
+        },
         # Stands for Qwen3: a language model that can already read, reason and calculate in text.
         language=stage(
-            topics={"arithmetic": 0.33, "text": 0.12, "facts": 0.13, "words": 0.42},
-            format="thinking",
+            mixture=thinking(arithmetic=0.33, text=0.12, facts=0.13, words=0.42),
             length_power=1.0,
             num_steps=800,
             lr_language=LR,
@@ -58,8 +71,8 @@ def get_config(size: str = "full"):
         ),
         # Stands for SigLIP2: a tower that knows what a picture shows.
         vision=stage(
-            topics={"caption": 1.0},
-            format="direct",
+            mixture=direct(caption=1.0),
+            mask_empty_block=True,
             objective="caption_words",
             num_steps=900,
             batch_rows=128,
@@ -71,16 +84,16 @@ def get_config(size: str = "full"):
             final_lr_ratio=0.05,
         ),
         warmup=stage(
-            topics={"caption": 1.0},
-            format="direct",
+            mixture=direct(caption=1.0),
+            mask_empty_block=True,
             length_power=1.0,
             num_steps=40,
             lr_projector=LR,
             warmup_steps=5,
         ),
         alignment=stage(
-            topics={"caption": 0.6, "ocr": 0.4},
-            format="direct",
+            mixture=direct(caption=0.6, ocr=0.4),
+            mask_empty_block=True,
             length_power=0.5,
             num_steps=150,
             lr_projector=LR,
@@ -89,16 +102,10 @@ def get_config(size: str = "full"):
             final_lr_ratio=0.5,
         ),
         joint=stage(
-            topics={
-                "caption": 0.1,
-                "ocr": 0.2,
-                "vqa": 0.35,
-                "words": 0.05,
-                "facts": 0.15,
-                "maths": 0.05,
-                "compare": 0.1,
-            },
-            format="direct",
+            mixture=direct(
+                caption=0.1, ocr=0.2, vqa=0.35, words=0.05, facts=0.15, maths=0.05, compare=0.1
+            ),
+            mask_empty_block=True,
             length_power=0.5,
             num_steps=350,
             lr_projector=LR,
@@ -107,9 +114,26 @@ def get_config(size: str = "full"):
             schedule="constant",
             warmup_steps=10,
         ),
-        annealing=stage(
+        # Who thinks in annealing: what the model of stage 3 gets wrong eight times of eight. It
+        # cannot think itself; the thoughts are the world's own, through the same filters.
+        curation=c.CurationConfig(
+            in_run=True,
+            sources=("world",),
             topics={"ocr": 0.12, "vqa": 0.25, "maths": 0.34, "arithmetic": 0.14, "compare": 0.15},
-            format="bimode",
+            num_queries=24000,
+            rewards=dict.fromkeys(("ocr", "vqa", "maths", "arithmetic", "compare"), "exact"),
+            num_traces=0,
+            min_thought_words=1,
+        ),
+        annealing=stage(
+            sources=("curated",),
+            mixture={
+                "ocr": (0.108, 0.012),
+                "vqa": (0.225, 0.025),
+                "maths": (0.21, 0.13),
+                "arithmetic": (0.087, 0.053),
+                "compare": (0.093, 0.057),
+            },
             num_steps=900,
             lr_projector=LR,
             lr_vision=LR / 4,
@@ -121,6 +145,7 @@ def get_config(size: str = "full"):
         # thought; the KL ends it where P(think) on maths is about 3/4, and the rate's decay leaves
         # the rest of the model as it was (experiments/LOG.md).
         bpo=c.BPOConfig(
+            sources=("world",),
             topics={"maths": 0.6, "arithmetic": 0.4},
             rewards={"maths": "maths", "arithmetic": "maths"},
             num_steps=40,
@@ -142,9 +167,12 @@ def smoke(config: c.Config) -> c.Config:
     """A few steps of everything: mechanics, not quality."""
     short = dict(num_steps=4, batch_rows=4, warmup_steps=1)
     stages = {name: dataclasses.replace(getattr(config, name), **short) for name in c.STAGES}
+    # Four steps learn nothing, so there is next to nothing to choose between: all of it alike.
+    stages["annealing"] = dataclasses.replace(stages["annealing"], mixture={})
     return dataclasses.replace(
         config,
         **stages,
+        curation=dataclasses.replace(config.curation, num_queries=40, num_answers=2),
         name="tiny-smoke",
         bpo=dataclasses.replace(
             config.bpo, num_steps=3, num_queries=2, g=2, eval_every=2, eval_questions=4

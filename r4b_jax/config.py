@@ -101,20 +101,30 @@ class WorldConfig:
 
     pixel_noise: float = 6.0  # std of Gaussian noise on training pictures, in grey levels of 255
     vocab_size: int = 448  # of the tokenizer trained on the world's own text
-    # Shares of bi-mode samples that are answered with a trace.
-    think_share_non_reasoning: float = 0.1
-    think_share_reasoning: float = 0.33
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A dataset: docs/data.md has the formats."""
+
+    # A file, or a pattern of files: .json .jsonl .parquet .tar .array_record .tsv; or "world", the
+    # small world. {workdir} is the run's own folder.
+    path: str = ""
+    images: str = ""  # folder of the pictures that records name; "" = the file's own
+    topic: str = ""  # of records that name none; "" = the source's name
+    prompt: str = "Describe the picture."  # asks what records have that are picture and caption
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One supervised stage. A learning rate of 0 freezes that component (PAPER.md section 3)."""
 
-    # topic -> weight in the mixture
-    topics: dict[str, float] = dataclasses.field(default_factory=dict)
-    # "bimode": think by the world's shares | "direct": all direct, the empty block masked (the
-    # paper's stage 3) | "thinking": every answer with its trace
-    format: str = "bimode"
+    sources: tuple[str, ...] = ()  # names of config.sources; () = all of them
+    # topic -> (weight of its direct samples, weight of those with a thought), as the paper's table
+    # of the annealing mix; {} = every sample of the sources alike
+    mixture: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    epochs: int = 0  # the data end after so many times all samples of the mixture; 0 = never
+    mask_empty_block: bool = False  # the empty thought of direct samples carries no loss: stage 3
     length_power: float = 0.0  # an example's n loss tokens weigh n^-length_power each
     # "next_token" | "caption_words": a picture as a whole names its caption's words, one picture a
     # row (stands for the pretraining of the tower)
@@ -144,6 +154,7 @@ class BPOConfig:
 
     # "bpo": g thinking and g direct rollouts | "grpo": 2g rollouts that choose their mode
     algorithm: str = "bpo"
+    sources: tuple[str, ...] = ()  # names of config.sources; () = all of them
     mode_tokens: str = "policy"  # "mask" | "policy" | "behaviour": PAPER.md section 5
     mode_weight: float = (
         1.0  # weight of the mode token beside the mean over the reply's other tokens
@@ -181,7 +192,7 @@ class BPOConfig:
     moment_dtype: str = "float32"  # of the first moment, as in a stage
     max_grad_norm: float = 1.0
     eval_every: int = 20  # steps between small evaluations in auto mode (figures 8 and 9)
-    eval_questions: int = 100  # a topic, in those
+    eval_questions: int = 100  # of a topic of the small world, in those; 0 = no evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +212,55 @@ class GenerateConfig:
     tensor: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class EndpointConfig:
+    """A model behind an OpenAI-compatible server (common/endpoint.py)."""
+
+    url: str = ""  # such as http://localhost:8000/v1; "" = the project's own model
+    model: str = ""  # its name there
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable with the key, if it has one
+    concurrency: int = 16  # requests under way at once
+    requests_per_minute: int = 0  # at most so many; 0 = no limit
+    timeout: float = 120.0  # seconds a request
+    retries: int = 6  # of a request that failed, after ever longer waits
+    max_tokens: int = 4096  # of a reply
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationConfig:
+    """Who thinks, decided without labels (PAPER.md section 4)."""
+
+    in_run: bool = False  # before annealing, with the model of the stage before as teacher
+    sources: tuple[str, ...] = ()  # names of config.sources; () = all of them
+    topics: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # topic -> weight of its queries; {} = all as they come
+    num_queries: int = 0  # how many are looked at; 0 = every sample once
+    # topic -> what tells a right answer, as in bpo.rewards: these topics are objective, a query is
+    # answered num_answers times and needs reasoning if all are wrong. The judge decides the others.
+    rewards: dict[str, str] = dataclasses.field(default_factory=dict)
+    right_from: float = 1.0  # a reward from which an answer counts as right
+    num_answers: int = 8
+    num_traces: int = 4  # tries at a thought that passes the filters
+    teacher: EndpointConfig = EndpointConfig()
+    judge: EndpointConfig = EndpointConfig(temperature=0.0, max_tokens=512)
+    reasoner: EndpointConfig = EndpointConfig(max_tokens=16384)
+    # A sample's own thought is tried first, and needs no reasoner.
+    min_thought_words: int = 3
+    max_thought_words: int = 8000
+    # A thought with one of these is refused, whatever its case.
+    banned: tuple[str, ...] = (
+        "as an ai",
+        "as a language model",
+        "i cannot see the image",
+        "i can't see the image",
+        "the reference answer",
+        "the provided answer",
+    )
+    duplicate_similarity: float = 0.9  # of two samples' words, over the same pictures; 1 = equal
+
+
 # The parts of the model: the names at the top of its parameters.
 COMPONENTS = ("vision_tower", "projector", "image_newline", "language_model")
 REMATS = ("full", "offload", "attention", "matmuls")
@@ -216,6 +276,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     world: WorldConfig = WorldConfig()
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
     language: StageConfig = (
         StageConfig()
     )  # text only; where no pretrained language model is at hand
@@ -223,10 +284,12 @@ class Config:
     warmup: StageConfig = StageConfig()  # the paper's stage 1, and so on
     alignment: StageConfig = StageConfig()
     joint: StageConfig = StageConfig()
+    curation: CurationConfig = CurationConfig()
     annealing: StageConfig = StageConfig()
     bpo: BPOConfig = BPOConfig()
     generate: GenerateConfig = GenerateConfig()
-    eval_questions: int = 400  # a topic, in the report
+    eval_questions: int = 400  # of a topic of the small world, in the report; 0 = none
+    workers: int = 4  # threads that read records and decode pictures
     log_every: int = 10
     checkpoint_every: int = 200
 
@@ -239,7 +302,10 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             value = to_config_dict(value)
         elif isinstance(value, dict):
-            value = ml_collections.ConfigDict(value)
+            group = {
+                k: to_config_dict(v) if dataclasses.is_dataclass(v) else v for k, v in value.items()
+            }
+            value = ml_collections.ConfigDict(group)
         out[field.name] = value
     return out
 
@@ -279,8 +345,11 @@ def check_overrides(argv: list[str]):
             continue
         kind = Config
         for depth, key in enumerate(keys[1:], 1):
+            if getattr(kind, "__origin__", None) is dict:  # of topics or sources: any name
+                kind = kind.__args__[1]
+                continue
             if not dataclasses.is_dataclass(kind):
-                break  # inside a dict of topics: any name
+                break
             hints = typing.get_type_hints(kind)
             if key not in hints:
                 raise _unknown(kind, key, ".".join(keys[:depth]))

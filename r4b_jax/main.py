@@ -48,7 +48,10 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 # Settings of where and when something is computed, and not of what: a run may go on with others.
-PLACEMENT = re.compile(r"config\.mesh\.|config\.generate\.tensor|\.(remat|loss_chunk|micro_rows)$")
+PLACEMENT = re.compile(
+    r"config\.(mesh\.|generate\.tensor|workers)|\.(remat|loss_chunk|micro_rows)$"
+    r"|config\.curation\.\w+\.(concurrency|requests_per_minute|timeout|retries)$"
+)
 
 
 def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
@@ -58,11 +61,9 @@ def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
       ConfigError: the settings cannot work, or `workdir` holds a run with other settings.
     """
     check(config)
-    for name in sorted(set(config.bpo.rewards.values())):
-        try:
-            find(name)
-        except ValueError as error:
-            raise ConfigError(f"config.bpo.rewards: {error}") from None
+    check_rewards("bpo", config.bpo.rewards)
+    if config.curation.in_run:
+        check_rewards("curation", config.curation.rewards)
     # Heavy imports: only now that the settings are known to be good.
     import jax
 
@@ -76,6 +77,18 @@ def run(config: Config, workdir: str, trace_steps: int = 0) -> dict:
         return _run(config, workdir, trace_steps)
 
 
+def check_rewards(name: str, rewards: dict[str, str]):
+    """
+    Raises:
+      ConfigError: one of `config.<name>.rewards` is no reward there is.
+    """
+    for reward in sorted(set(rewards.values())):
+        try:
+            find(reward)
+        except ValueError as error:
+            raise ConfigError(f"config.{name}.rewards: {error}") from None
+
+
 def _run(config: Config, workdir: str, trace_steps: int) -> dict:
     """`run`, where the settings are good and the mesh stands."""
     from r4b_jax.common import processes
@@ -85,15 +98,21 @@ def _run(config: Config, workdir: str, trace_steps: int) -> dict:
         report.show(content, workdir)
         return content
 
+    from r4b_jax.curation.curate import curate
     from r4b_jax.evaluation.evaluate import evaluate_once
     from r4b_jax.rl.loop import run_bpo
     from r4b_jax.training.loop import run_stage
 
     clock = report.StageClock(workdir)
     with clock("preparation"), processes.first_goes_first("preparation"):
-        tokenizer = _tokenizer(config, workdir)
-    params = _params(config)
+        tokenizer = tokenizer_of(config, workdir)
+    params = params_of(config)
+    with clock("preparation"):
+        _check_data(config, workdir)
     for name in STAGES:
+        if name == "annealing" and config.curation.in_run:
+            with clock("curation"):
+                curate(config, params, tokenizer, workdir)
         if getattr(config, name).num_steps > 0:
             with clock(name):
                 params = run_stage(config, name, params, tokenizer, workdir, trace_steps)
@@ -110,7 +129,27 @@ def _run(config: Config, workdir: str, trace_steps: int) -> dict:
     return report.read(workdir)
 
 
-def _tokenizer(config: Config, workdir: str):
+def _check_data(config: Config, workdir: str):
+    """Open what the stages and BPO read, before the first of them takes its hours; but not what the
+    run itself has yet to write.
+
+    Raises:
+      ConfigError: files or topics that are not there.
+    """
+    from r4b_jax.data.mixture import queries, stage_stream
+
+    def made_here(names: tuple[str, ...]) -> bool:
+        return any("{workdir}" in config.sources[n].path for n in names or config.sources)
+
+    for name in STAGES:
+        stage = getattr(config, name)
+        if stage.num_steps > 0 and not made_here(stage.sources):
+            stage_stream(config, name, workdir)
+    if config.bpo.num_steps > 0 and not made_here(config.bpo.sources):
+        queries(config, config.bpo.sources, config.bpo.topics, "bpo", workdir, endless=True)
+
+
+def tokenizer_of(config: Config, workdir: str):
     """The checkpoint's tokenizer, or that of the small world."""
     from r4b_jax.common.checkpoint import ORIGINALS
     from r4b_jax.data.worlds import world_tokenizer
@@ -119,12 +158,12 @@ def _tokenizer(config: Config, workdir: str):
     if not config.init_from:
         return world_tokenizer(config.world, workdir)
     _check_model(config)
-    tokenizer, _, _ = talk(os.path.join(config.init_from, ORIGINALS))
+    tokenizer, _ = talk(os.path.join(config.init_from, ORIGINALS))
     tokenizer.save(workdir)
     return tokenizer
 
 
-def _params(config: Config) -> dict:
+def params_of(config: Config) -> dict:
     """The parameters before the first stage, on the mesh: the checkpoint's, or random.
 
     Raises:
@@ -221,6 +260,11 @@ def parse(argv):
     return rest
 
 
+def workdir_of(config: Config) -> str:
+    """The run's folder: --workdir, or one named after the config."""
+    return _WORKDIR.value or os.path.join("runs", f"{config.name}-seed{config.seed}")
+
+
 def stop(error: Exception):
     """One line to standard error, and exit code 2."""
     text = " ".join(str(error.args[0] if error.args else error).split())
@@ -228,27 +272,36 @@ def stop(error: Exception):
     sys.exit(2)
 
 
-def main(argv):
-    if len(argv) > 1:
-        stop(
-            ConfigError(f"unknown argument {argv[1]!r}; settings are given as --config.name=value")
-        )
-    logging.set_verbosity(logging.WARNING)  # the libraries' chatter; our own goes to the console
-    try:
-        config = from_config_dict(Config, CONFIG.value)
-        given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        if given.count(None) in (1, 2) and not _DISTRIBUTED.value:
-            raise ConfigError("--coordinator, --num_processes and --process_id go together")
-        if _DISTRIBUTED.value or None not in given:
-            check(config)
-            from r4b_jax.common import processes
+def front(check, work):
+    """A main for `app.run` that reads settings, joins other processes, and does
+    `work(config, workdir)`.
 
-            processes.start(*given)
-        name = os.path.join("runs", f"{config.name}-seed{config.seed}")
-        run(config, _WORKDIR.value or name, _TRACE_STEPS.value)
-    except ConfigError as error:
-        stop(error)
+    Args:
+      check: function (config); told before the other processes are waited for.
+    """
+
+    def main(argv):
+        if len(argv) > 1:
+            problem = f"unknown argument {argv[1]!r}; settings are given as --config.name=value"
+            stop(ConfigError(problem))
+        logging.set_verbosity(logging.WARNING)  # the libraries' chatter; our own is on the console
+        try:
+            config = from_config_dict(Config, CONFIG.value)
+            check(config)
+            given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            if given.count(None) in (1, 2) and not _DISTRIBUTED.value:
+                raise ConfigError("--coordinator, --num_processes and --process_id go together")
+            if _DISTRIBUTED.value or None not in given:
+                from r4b_jax.common import processes
+
+                processes.start(*given)
+            work(config, workdir_of(config))
+        except ConfigError as error:
+            stop(error)
+
+    return main
 
 
 if __name__ == "__main__":
+    main = front(check, lambda config, workdir: run(config, workdir, _TRACE_STEPS.value))
     app.run(main, flags_parser=parse)

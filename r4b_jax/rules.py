@@ -16,6 +16,8 @@ from r4b_jax.config import (
     VisionConfig,
 )
 
+ROLES = ("teacher", "judge", "reasoner")  # of curation
+
 
 def check(config: Config, *, has_data: bool = True):
     """Refuse settings that cannot work together, before anything is computed.
@@ -56,26 +58,134 @@ def check(config: Config, *, has_data: bool = True):
             f"world.vocab_size ({config.world.vocab_size}) must not exceed "
             f"model.language.vocab_size ({language.vocab_size})",
         ),
+        _at_least("workers", config.workers, 1),
+        _at_least("eval_questions", config.eval_questions, 0),
+        _at_least("bpo.eval_questions", config.bpo.eval_questions, 0),
         _at_least("log_every", config.log_every, 1),
         _at_least("checkpoint_every", config.checkpoint_every, 1),
-        *_generate_rules(config.generate, vision),
-        *_bpo_rules(config.bpo, config.generate),
     ]
+    if config.bpo.num_steps or config.eval_questions or config.curation.in_run or not has_data:
+        rules += _generate_rules(config.generate, vision)
+    if config.bpo.num_steps or not has_data:
+        rules += _bpo_rules(config.bpo, config.generate)
+    if config.curation.in_run:
+        rules += _curation_rules(config)
     for name in STAGES:
-        rules += _stage_rules(name, getattr(config, name), vision, has_data)
+        stage = getattr(config, name)
+        rules += _stage_rules(name, stage, vision)
+        if stage.num_steps > 0 and has_data:
+            rules += _data_rules(name, config, stage.sources)
+            rules += _mixture_rules(name, config, stage)
+    if config.bpo.num_steps > 0:
+        rules += _data_rules("bpo", config, config.bpo.sources)
+    _enforce(rules)
+
+
+def check_curation(config: Config):
+    """`check` for curation by itself: of the model and how it writes only where it has a part.
+
+    Raises:
+      ConfigError: the message names the settings and what to change.
+    """
+    _enforce(_curation_rules(config))
+    roles = [getattr(config.curation, role) for role in ROLES]
+    if not all(role.url for role in roles) and config.init_from:
+        check(config)
+        _enforce(_generate_rules(config.generate, config.model.vision))
+    elif config.curation.rewards and not config.curation.teacher.url:
+        raise ConfigError(
+            "config.curation has rewards and no teacher: give it teacher.url, or config.init_from"
+        )
+
+
+def _enforce(rules: list[tuple[bool, str]]):
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"config.{message}")
 
 
-def _stage_rules(name: str, stage: StageConfig, vision: VisionConfig, has_data: bool):
+def _data_rules(name: str, config: Config, sources: tuple[str, ...]):
+    """The rules of `check` for what a stage, BPO or curation reads."""
+    known = tuple(config.sources)
+    return [
+        (bool(known), f"{name} has no data: give it config.sources (docs/data.md)"),
+        *[_one_of(f"{name}.sources", source, known) for source in sources if known],
+        *[
+            (bool(source.path), f"sources.{source_name}.path is empty: name its files, or world")
+            for source_name, source in config.sources.items()
+        ],
+    ]
+
+
+def _reads_world(config: Config, sources: tuple[str, ...]) -> bool:
+    """Whether the small world is among these sources, () = all."""
+    names = sources or tuple(config.sources)
+    return any(config.sources[n].path == "world" for n in names if n in config.sources)
+
+
+def _mixture_rules(name: str, config: Config, stage: StageConfig):
+    """The rules of `check` for a stage's mixture."""
+    weights = stage.mixture.items()
+    world = _reads_world(config, stage.sources)
+    return [
+        *[
+            (
+                len(pair) == 2 and min(pair) >= 0,
+                f"{name}.mixture.{topic} is (weight of direct samples, weight of thinking ones), "
+                f"not {pair}",
+            )
+            for topic, pair in weights
+        ],
+        (
+            not weights or any(sum(pair) > 0 for _, pair in weights),
+            f"{name}.mixture weighs nothing above 0",
+        ),
+        (
+            bool(weights) or not world,
+            f"{name} has no mixture: the small world has topics without end, name those you want",
+        ),
+        (
+            stage.epochs == 0 or not world,
+            f"{name}.epochs: the small world has no end, so no epochs either",
+        ),
+    ]
+
+
+def _curation_rules(config: Config):
+    """The rules of `check` for curation."""
+    curation = config.curation
+    world = _reads_world(config, curation.sources)
+    return _data_rules("curation", config, curation.sources) + [
+        (
+            not world or bool(curation.topics and curation.num_queries),
+            "curation.topics and curation.num_queries: the small world has no end",
+        ),
+        _at_least("curation.num_queries", curation.num_queries, 0),
+        _at_least("curation.num_answers", curation.num_answers, 1),
+        _at_least("curation.num_traces", curation.num_traces, 0),
+        (
+            0 < curation.duplicate_similarity <= 1,
+            f"curation.duplicate_similarity is above 0 and at most 1, not "
+            f"{curation.duplicate_similarity}",
+        ),
+        *[
+            (
+                not getattr(curation, name).url or bool(getattr(curation, name).model),
+                f"curation.{name}.model is empty: which model of {getattr(curation, name).url}?",
+            )
+            for name in ROLES
+        ],
+    ]
+
+
+def _stage_rules(name: str, stage: StageConfig, vision: VisionConfig):
     """The rules of `check` for a supervised stage."""
     runs = stage.num_steps > 0
     rate = stage.lr_projector + stage.lr_vision + stage.lr_language
     return [
         _one_of(f"{name}.schedule", stage.schedule, ("cosine", "constant")),
         _one_of(f"{name}.optimizer", stage.optimizer, ("adamw", "muon")),
-        _one_of(f"{name}.format", stage.format, ("bimode", "direct", "thinking")),
+        _at_least(f"{name}.epochs", stage.epochs, 0),
         _one_of(f"{name}.objective", stage.objective, ("next_token", "caption_words")),
         _one_of(f"{name}.moment_dtype", stage.moment_dtype, MOMENTS),
         _at_least(f"{name}.micro_rows", stage.micro_rows, 0),
@@ -98,10 +208,6 @@ def _stage_rules(name: str, stage: StageConfig, vision: VisionConfig, has_data: 
             "model.vision.grid_pinpoints = ()",
         ),
         (not runs or rate > 0, f"{name} trains nothing: give it a learning rate"),
-        (
-            not (runs and has_data) or bool(stage.topics),
-            f"{name} has no data: give it topics",
-        ),
     ]
 
 

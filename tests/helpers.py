@@ -5,7 +5,8 @@ import numpy as np
 
 from r4b_jax import config as c
 from r4b_jax.data import images
-from r4b_jax.data.examples import Example, Question, empty_batch, encode, encode_prompt, place
+from r4b_jax.data.examples import Example, empty_batch, encode, encode_prompt, place
+from r4b_jax.data.samples import Sample
 
 # Every class of settings.
 CLASSES = (
@@ -14,9 +15,12 @@ CLASSES = (
     c.ModelConfig,
     c.MeshConfig,
     c.WorldConfig,
+    c.SourceConfig,
     c.StageConfig,
     c.BPOConfig,
     c.GenerateConfig,
+    c.EndpointConfig,
+    c.CurationConfig,
     c.Config,
 )
 # No two sizes alike, heads that are no power of two, a theta that is not the default.
@@ -51,6 +55,7 @@ CONFIG = c.Config(
     name="test",
     model=MODEL,
     world=c.WorldConfig(vocab_size=300),
+    sources={"world": c.SourceConfig(path="world")},
     generate=c.GenerateConfig(prompt_len=60, max_new_tokens=10, batch_size=4),
     bpo=c.BPOConfig(topics={"arithmetic": 1.0}, packed_len=96, packed_tiles=2, micro_rows=2, g=2),
 )
@@ -61,23 +66,22 @@ def picture(seed: int, size: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def questions() -> list[Question]:
+def questions() -> list[Sample]:
     """Three questions whose prompts differ in length: with a picture, without, with a picture."""
     return [
-        Question("maths", picture(1), "Sum?", "7", "3+4=7"),
-        Question("arithmetic", None, "123\nWhat is the sum of the top row?", "6", "1+2=3+3=6"),
-        Question("ocr", picture(2), "Read the top row.", "12", "top 12"),
+        Sample.ask("maths", picture(1), "Sum?", "7", "3+4=7"),
+        Sample.ask("arithmetic", None, "123\nWhat is the sum of the top row?", "6", "1+2=3+3=6"),
+        Sample.ask("ocr", picture(2), "Read the top row.", "12", "top 12"),
     ]
 
 
-def with_reply(tokenizer, question: Question, reply, weights=None) -> Example:
+def with_reply(tokenizer, question: Sample, reply, weights=None) -> Example:
     """A question's prompt and the given ids after `<think>`, as one plain sequence."""
     prompt = encode_prompt(tokenizer, MODEL.vision, question)
     tokens = np.concatenate([prompt.tokens, np.asarray(reply, np.int32)])
     loss = np.zeros(len(tokens), np.float32)
     loss[len(prompt.tokens) :] = 1 if weights is None else weights
-    image = question.image
-    pictures = [] if image is None else images.prepare([image], MODEL.vision)
+    pictures = images.prepare(question.images, MODEL.vision)
     return encode(tokenizer, MODEL.vision, tokens, loss, pictures)
 
 

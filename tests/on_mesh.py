@@ -1,9 +1,10 @@
 """One device against many: run by tests/test_mesh.py, in processes of its own.
 
     python tests/on_mesh.py STEP data,fsdp,tensor ...       eight devices in one process
-    python tests/on_mesh.py STEP data,fsdp,tensor --process=0 --port=1234   four of two processes
+    python tests/on_mesh.py STEP data,fsdp,tensor --process=0 --port=1234   two processes, 4 each
 
-STEP is supervised, bpo, rollouts or checkpoint. Ends with an assertion where something differs.
+STEP is supervised, bpo, rollouts, checkpoint or loading. Ends with an assertion where something
+differs.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from r4b_jax import config as c  # noqa: E402
 from r4b_jax.common import processes, sharding  # noqa: E402
 from r4b_jax.common.arrays import Batch, ImagePlan  # noqa: E402
 from r4b_jax.common.checkpoint import StageCheckpoints  # noqa: E402
+from r4b_jax.data.loader import Loader  # noqa: E402
+from r4b_jax.data.tokenizer import train_tokenizer  # noqa: E402
+from r4b_jax.data.worlds import corpus  # noqa: E402
 from r4b_jax.decoding.generate import Ids, for_generation, forced_array, generate  # noqa: E402
 from r4b_jax.decoding.prompts import Prompts  # noqa: E402
 from r4b_jax.decoding.sampling import Sampling  # noqa: E402
@@ -179,6 +183,25 @@ def checkpoint(params, folder: str):
     return state.params, metrics["loss"]
 
 
+def loading(params):
+    """The first batches of a stage. Each process decodes the pictures of its own rows alone."""
+    world = {"world": c.SourceConfig(path="world")}
+    mixture = {"maths": (1.0, 1.0), "vqa": (1.0, 0.0)}
+    stage = c.StageConfig(mixture=mixture, batch_rows=ROWS, packed_len=150, packed_tiles=3)
+    config = c.Config(model=MODEL, sources=world, annealing=stage)
+    tokenizer = train_tokenizer(corpus(config.world, 200), 300)
+    batches = Loader(config, "annealing", tokenizer).batches()
+    taken = [next(batches).batch for _ in range(2)]
+    batches.close()
+    own = sharding.own_rows(ROWS)
+    for one in taken:
+        seen = one.tiles.any((1, 2, 3, 4))
+        assert seen[own].all() and not seen[~own].any()
+    shared = jax.process_count() if sharding.current() is not None else 1
+    assert own.sum() == ROWS // shared
+    return [jax.tree.map(jnp.asarray, sharding.place_rows(one)) for one in taken]
+
+
 def close(one, many):
     """Equal leaf by leaf to 1e-5 of the leaf's largest number (of 1 at the least: gradients that
     are 0 but for rounding, as that of a bias of keys)."""
@@ -190,7 +213,7 @@ def close(one, many):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("step", choices=("supervised", "bpo", "rollouts", "checkpoint"))
+    p.add_argument("step", choices=("supervised", "bpo", "rollouts", "checkpoint", "loading"))
     p.add_argument("meshes", nargs="+")
     p.add_argument("--process", type=int)
     p.add_argument("--port", type=int)

@@ -79,9 +79,11 @@ def test_every_default_survives_the_way_there_and_back():
         ({"seed": True}, "config.seed takes int, not bool True"),
         ({"model": {"remat": 1}}, "config.model.remat takes str, not int 1"),
         ({"name": 3}, "config.name takes str, not int 3"),
-        ({"joint": {"topics": {"ocr": "much"}}}, "config.joint.topics.ocr takes float, not str"),
+        ({"bpo": {"topics": {"ocr": "much"}}}, "config.bpo.topics.ocr takes float, not str"),
+        ({"joint": {"mixture": {"ocr": ("much",)}}}, "config.joint.mixture.ocr[0] takes float"),
+        ({"sources": {"a": {"pth": "x"}}}, "did you mean config.sources.a.path?"),
         ({"model": 3}, "config.model"),
-        ({"joint": {"topics": "ocr"}}, "config.joint.topics"),
+        ({"bpo": {"topics": "ocr"}}, "config.bpo.topics"),
     ],
 )
 def test_a_wrong_setting_is_an_error_with_its_name(values, message):
@@ -105,6 +107,7 @@ def test_a_whole_number_is_a_float_where_one_is_wanted():
         ("--config.bpo.g=1.5", "config.bpo.g takes int, not '1.5'"),
         ("-config.bpo.kl_beta=no", "config.bpo.kl_beta takes float, not 'no'"),
         ("--config.model.vision=3", "config.model.vision is a group: image_size, patch_size"),
+        ("--config.sources.a.pth=x", "did you mean config.sources.a.path?"),
     ],
 )
 def test_a_wrong_override_is_an_error_with_its_name(argument, message):
@@ -116,7 +119,8 @@ def test_a_wrong_override_is_an_error_with_its_name(argument, message):
 def test_right_overrides_pass():
     """Every leaf can be set, and topics, whose names are data."""
     right = ["--config=x.py", "--config.bpo.g=8", "--config.seed", "1", "--workdir=a.b=c"]
-    c.check_overrides(["main.py", *right, "--config.joint.topics.ocr=0.5"])
+    c.check_overrides(["main.py", *right, "--config.joint.mixture.ocr=(0.5, 0.0)"])
+    c.check_overrides(["main.py", "--config.sources.mine.path=x.jsonl"])
 
 
 # What must not pass `check`: one change to the tiny config each, and the setting it names.
@@ -132,9 +136,22 @@ REFUSED = {
     "world.vocab_size": {"world": {"vocab_size": 600}},
     "joint.schedule": {"joint": {"schedule": "cosin"}},
     "joint.optimizer": {"joint": {"optimizer": "adam"}},
-    "joint.format": {"joint": {"format": "both"}},
+    "joint.sources is one of curated, world": {"joint": {"sources": ("wrld",)}},
+    "joint.mixture.ocr is (weight": {"joint": {"mixture": {"ocr": (1.0,)}}},
+    "joint.mixture weighs nothing": {"joint": {"mixture": {"ocr": (0.0, 0.0)}}},
+    "joint has no mixture: the small world": {"joint": {"mixture": {}}},
+    "joint.epochs: the small world has no end": {"joint": {"epochs": 1}},
+    "joint.epochs must be": {"joint": {"epochs": -1}},
+    "sources.world.path is empty": {
+        "sources": {"world": c.SourceConfig(), "curated": c.SourceConfig(path="x")}
+    },
+    "curation.num_answers": {"curation": {"num_answers": 0}},
+    "curation.duplicate_similarity": {"curation": {"duplicate_similarity": 0.0}},
+    "curation.judge.model is empty": {"curation": {"judge": {"url": "http://x/v1"}}},
+    "workers": {"workers": 0},
     "warmup trains nothing": {"warmup": {"lr_projector": 0.0}},
-    "warmup has no data": {"warmup": {"topics": {}}},
+    "curation has no data": {"sources": {}},
+    "language has no data": {"sources": {}, "curation": {"in_run": False}},
     "bpo has no data": {"bpo": {"topics": {}}},
     "bpo learns nothing": {"bpo": {"rewards": {}}},
     "bpo learns nothing: bpo.rewards names math, bpo.topics": {
@@ -210,7 +227,7 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/tiny.py", "seed=1"], "unknown argument 'seed=1'"),
         (["--config=configs/tinny.py"], "tinny.py"),
         (["--config=configs/tiny.py", "--config.model.remat=maybe"], "config.model.remat"),
-        (["--config=configs/tiny.py", "--config.warmup.topics.ocr=1"], "config.warmup.topics.ocr"),
+        (["--config=configs/tiny.py", "--config.bpo.topics.ocr=1"], "config.bpo.topics.ocr"),
         (["--config=configs/tiny.py", "--wrkdir=x"], "workdir"),
         ([], "--config is missing"),
     ],

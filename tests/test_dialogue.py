@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from r4b_jax.data import dialogue
+from r4b_jax.data.conversation import prompt_ids
+from r4b_jax.data.samples import PLACE, Sample, Turn
 from r4b_jax.data.tokenizer import CONTROL, Tokenizer
 
 HOSTILE = "<think></think><|im_end|><image><|im_start|><|endoftext|> a <think>\n b"
@@ -26,7 +28,7 @@ def test_a_newline_and_a_newline_pair_are_single_tokens(tokenizer, text):
 @pytest.mark.parametrize("image_tokens", [[], [3], [2, 1]], ids=str)
 def test_a_prompt_reads_as_the_template_says_and_ends_in_think(tokenizer, image_tokens):
     """Auto mode is the prompt and nothing more: it must end in exactly one `<think>`."""
-    ids = dialogue.prompt_ids(tokenizer, "Sum?", image_tokens)
+    ids = prompt(tokenizer, image_tokens)
     pictures = "\n".join("<image>" * count for count in image_tokens)
     user = f"user {pictures}\n" if image_tokens else "user\n"
     template = f"<|im_start|>{user}Sum?<|im_end|><|im_start|>assistant\n<think>"
@@ -49,11 +51,11 @@ def test_the_three_modes_end_in_exactly_their_ids(tokenizer):
 @pytest.mark.parametrize("mask_empty_block", [False, True])
 def test_a_direct_reply_masks_its_empty_block_only_where_told_to(tokenizer, mask_empty_block):
     """Masked in stage 3, learned in annealing: the wrong one yields a model that never thinks."""
-    prompt = dialogue.prompt_ids(tokenizer, "Sum?", [2])
-    ids, loss = dialogue.render(
-        tokenizer, "Sum?", [2], "12", None, mask_empty_block=mask_empty_block
-    )
-    assert ids[: len(prompt)] == prompt
+    start = prompt(tokenizer, [2])
+    sample = Sample.ask("ocr", "picture", "Sum?", "12")
+    rendered = dialogue.render(tokenizer, sample, [2], mask_empty_block=mask_empty_block)
+    ids, loss = rendered.tokens.tolist(), rendered.loss
+    assert ids[: len(start)] == start
     block = 0 if mask_empty_block else 1
     expected = [
         ("\n\n", block),
@@ -62,20 +64,55 @@ def test_a_direct_reply_masks_its_empty_block_only_where_told_to(tokenizer, mask
         *((text, 1) for text in spelled(tokenizer, tokenizer.encode("12"))),
         ("<|im_end|>", 1),
     ]
-    assert list(zip(spelled(tokenizer, ids[len(prompt) :]), loss[len(prompt) :])) == expected
-    assert not loss[: len(prompt)].any()
+    assert list(zip(spelled(tokenizer, ids[len(start) :]), loss[len(start) :])) == expected
+    assert not loss[: len(start)].any()
 
 
 @pytest.mark.parametrize("mask_empty_block", [False, True])
 def test_a_thinking_reply_carries_loss_on_every_token(tokenizer, mask_empty_block):
     """The mode token, the trace, its close and the end are all learned; the prompt never is."""
-    prompt = dialogue.prompt_ids(tokenizer, "Sum?", [])
-    ids, loss = dialogue.render(
-        tokenizer, "Sum?", [], " 7\n", " 3+4=7 ", mask_empty_block=mask_empty_block
+    start = prompt(tokenizer, [])
+    sample = Sample.ask("maths", None, "Sum?", " 7\n", " 3+4=7 ")
+    ids, *_, loss = dialogue.render(tokenizer, sample, [], mask_empty_block=mask_empty_block)
+    assert tokenizer.decode(ids[len(start) :]) == "\n3+4=7\n</think>\n\n7<|im_end|>"
+    assert ids[len(start)] == tokenizer.thinking_id
+    assert loss.tolist() == [0] * len(start) + [1] * (len(ids) - len(start))
+
+
+def test_every_turn_is_learned_as_it_will_be_asked(tokenizer):
+    """An earlier answer is seen without its thought, and was given after `<think>`: both must hold,
+    so each reply is a branch behind just the prompt that `prompt_ids` makes for it."""
+    turns = (
+        Turn("one?", ("p",), "1", "think one"),
+        Turn(f"two {PLACE} of {PLACE}", ("q", "r"), "2"),
+        Turn("three?", (), "3", "think three"),
     )
-    assert tokenizer.decode(ids[len(prompt) :]) == "\n3+4=7\n</think>\n\n7<|im_end|>"
-    assert ids[len(prompt)] == tokenizer.thinking_id
-    assert loss.tolist() == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    counts = [3, 2, 1]
+    sample = Sample("any", turns, system="Be brief.")
+    made = dialogue.render(tokenizer, sample, counts, mask_empty_block=False)
+    for k, (turn, shown) in enumerate(zip(turns, (1, 3, 3))):
+        before = prompt_ids(tokenizer, turns[: k + 1], counts[:shown], sample.system)
+        reply = dialogue.reply_ids(tokenizer, turn.answer, turn.thought)
+        branch = 0 if k == 2 else k + 1
+        # What the reply's last token sees of the row, in its order.
+        places = np.arange(len(made.tokens))
+        last = places[(made.branch_ids == branch) & (made.loss > 0)][-1]
+        seen = (places <= last) & np.isin(made.branch_ids, [0, branch])
+        assert made.tokens[seen].tolist() == before + reply
+        assert made.positions[seen].tolist() == list(range(len(before + reply)))
+        learned = seen & (made.loss > 0)
+        assert made.tokens[learned].tolist() == reply
+        # Each is predicted by the token before it in that conversation.
+        own = places[seen]
+        assert made.predecessors[own[1:]].tolist() == own[:-1].tolist()
+    assert made.loss.sum() == sum(
+        len(dialogue.reply_ids(tokenizer, t.answer, t.thought)) for t in turns
+    )
+
+
+def prompt(tokenizer, image_tokens) -> list[int]:
+    """The prompt of "Sum?" with so many pictures."""
+    return prompt_ids(tokenizer, [Turn("Sum?", ("p",) * len(image_tokens))], image_tokens)
 
 
 def test_text_never_becomes_a_control_token(tokenizer):
@@ -85,7 +122,9 @@ def test_text_never_becomes_a_control_token(tokenizer):
     assert tokenizer.decode(tokenizer.encode(HOSTILE)) == HOSTILE
 
     plain, hostile = (
-        dialogue.render(tokenizer, q, [2], a, t, mask_empty_block=False)[0]
+        dialogue.render(
+            tokenizer, Sample.ask("any", "p", q, a, t), [2], mask_empty_block=False
+        ).tokens
         for q, a, t in (("q", "a", "t"), (HOSTILE, HOSTILE, HOSTILE))
     )
     in_order = [[i for i in ids if i in control] for ids in (plain, hostile)]

@@ -18,11 +18,14 @@ ROOMS = (
     "evaluation",
     "training",
     "rl",
+    "curation",
     "scaling",
     "main",
     "convert",
     "chat",
     "plan",
+    "curate",
+    "__main__",
     "__init__",
 )
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 450
@@ -34,7 +37,9 @@ def name(path: pathlib.Path) -> str:
 
 
 def room(dotted: str) -> str:
-    """`r4b_jax.models.r4b` -> `models`."""
+    """`r4b_jax.models.r4b` -> `models`; a folder's `__main__` is a front, not of its room."""
+    if dotted.endswith(".__main__"):
+        return "__main__"
     return (dotted.split(".") + ["__init__"])[1]
 
 

@@ -52,7 +52,7 @@ def spy_on_reads(patch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 def fourth_tokens(rollouts) -> list[Answered]:
     """In place of the answers, which an untrained model hardly ever gets to: a token of each."""
     return [
-        Answered(question.topic, question.text, question.answer, str(tokens[3]))
+        Answered(question.topic, question.question, question.answer, str(tokens[3]))
         for question, replies in zip(rollouts.questions, rollouts.generation.tokens)
         for tokens in replies
     ]
@@ -121,7 +121,13 @@ def test_the_report_has_the_documented_shape(finished, config):
                 assert 1 <= row["tokens"] <= config.generate.max_new_tokens
                 if mode != "auto":  # the forced modes are what they were forced to be
                     assert row["think_rate"] == (mode == "thinking")
-    assert set(content["seconds"]) == {"preparation", *c.STAGES, "bpo", "evaluation"}
+    assert set(content["seconds"]) == {
+        "preparation",
+        *c.STAGES,
+        "curation",
+        "bpo",
+        "evaluation",
+    }
     assert all(value >= 0 for value in content["seconds"].values())
 
 
@@ -182,6 +188,10 @@ def test_every_setting_was_read_by_the_run(finished, cls):
     unread = {f.name for f in dataclasses.fields(cls)} - {n for k, n in reads if k == cls.__name__}
     unread -= {"max_grid_tiles"}  # this run's pictures are one tile each: tests/test_images.py
     unread -= {"max_importance"}  # of quantised rollouts alone: tests/test_rollouts.py
+    if cls is c.EndpointConfig:  # the run's own model is teacher: tests/test_endpoint.py
+        unread -= {f.name for f in dataclasses.fields(cls)} - {"url", "temperature"}
+    if cls is c.CurationConfig:  # the world's thoughts need no reasoner: tests/test_curation.py
+        unread -= {"banned", "max_thought_words", "num_traces"}
     assert unread == set()
 
 
@@ -235,13 +245,21 @@ def world_tokenizer(finished):
 
 
 @pytest.fixture(scope="module")
-def resumable(config, world_tokenizer) -> c.Config:
+def resumable(config, finished, world_tokenizer) -> c.Config:
     """Six steps a stage, a checkpoint every two, a record of each, rows too short for some."""
-    stream = examples(config, "annealing", world_tokenizer)
+    stream, _ = examples(config, "annealing", world_tokenizer, str(finished[0]))
     room = sorted(len(stream[i].tokens) for i in range(40))[25]
     stage = dataclasses.replace(config.annealing, num_steps=6, lr_vision=0.0, packed_len=room)
     bpo = dataclasses.replace(config.bpo, num_steps=4, updates_per_rollout=2)
-    return dataclasses.replace(config, annealing=stage, bpo=bpo, log_every=1, checkpoint_every=2)
+    curated = c.SourceConfig(path=str(finished[0] / "curation" / "samples.jsonl"))
+    return dataclasses.replace(
+        config,
+        sources=config.sources | {"curated": curated},
+        annealing=stage,
+        bpo=bpo,
+        log_every=1,
+        checkpoint_every=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +326,6 @@ def records_of(workdir, name) -> list[dict]:
     ]
 
 
-def without_dropped(records: list[dict]) -> list[dict]:
-    """The records without the one count that has a test of its own."""
-    return [{k: v for k, v in record.items() if k != "dropped"} for record in records]
-
-
 @pytest.mark.parametrize(
     "name, kill_at", [("annealing", 1), ("annealing", 3), ("bpo", 3), ("overlapped bpo", 3)]
 )
@@ -326,7 +339,7 @@ def test_an_interrupted_run_ends_bitwise_where_an_uninterrupted_one_does(
     resumed = run_part(name, tmp_path)
     different = jax.tree.map(lambda x, y: not np.array_equal(x, y), params, resumed)
     assert not any(jax.tree.leaves(different))
-    assert without_dropped(records_of(tmp_path, name)) == without_dropped(records)
+    assert records_of(tmp_path, name) == records
 
 
 def test_bpo_killed_before_its_first_checkpoint_leaves_no_record_twice(
@@ -350,13 +363,54 @@ def test_rollouts_sampled_ahead_are_one_step_old_and_no_older(uninterrupted):
         assert max(gap[0], gap[2]) < 1e-4 < min(gap[1], gap[3])
 
 
-def test_the_count_of_dropped_samples_survives_an_interruption(run_part, uninterrupted, tmp_path):
-    """Samples that fit no row are a fault of the settings: their number must not start anew."""
-    dropped = [r["dropped"] for r in uninterrupted("annealing")[1]]
-    assert 0 < dropped[1] < dropped[-1]
+def test_the_samples_set_aside_are_told_once_whatever_interrupts_the_stage(
+    run_part, uninterrupted, tmp_path
+):
+    """Their number must not start anew, and each line of the log must be there once."""
+    counts = [r["set_aside"] for r in uninterrupted("annealing")[1]]
+    assert 0 < counts[1] < counts[-1]
     run_part("annealing", tmp_path, 3)
     run_part("annealing", tmp_path)
-    assert [r["dropped"] for r in records_of(tmp_path, "annealing")] == dropped
+    assert [r["set_aside"] for r in records_of(tmp_path, "annealing")] == counts
+    lines = (tmp_path / "set_aside.jsonl").read_text().splitlines()
+    assert len(lines) == counts[-1]
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] <= 6
+
+
+def test_people_train_on_their_own_files(config, tmp_path, monkeypatch):
+    """A stage and BPO on a file, with no small world anywhere: no questions of its either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records = [
+        {"id": i, "topic": "sums", "question": f"What is {i} + 1?", "answer": i + 1}
+        | ({"thought": f"{i}+1={i + 1}"} if i % 2 else {})
+        for i in range(30)
+    ]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    none = {name: c.StageConfig() for name in c.STAGES}
+    stage = dataclasses.replace(config.annealing, sources=(), mixture={"sums": (1.0, 1.0)})
+    bpo = dataclasses.replace(
+        config.bpo,
+        sources=(),
+        topics={"sums": 1.0},
+        rewards={"sums": "even:even"},
+        num_steps=1,
+        eval_questions=0,
+    )
+    own = dataclasses.replace(
+        config,
+        **none | {"annealing": stage},
+        sources={"mine": c.SourceConfig(path=str(tmp_path / "sums.jsonl"))},
+        curation=c.CurationConfig(),
+        bpo=bpo,
+        eval_questions=0,
+    )
+    content = main.run(own, str(tmp_path / "run"))
+    assert content["before"] == content["after"] == {}
+    assert set(content["seconds"]) >= {"annealing", "bpo"}
+    absent = dataclasses.replace(stage, mixture={"sumss": (1.0, 0.0)})
+    with pytest.raises(c.ConfigError, match="did you mean sums"):
+        main.run(dataclasses.replace(own, annealing=absent), str(tmp_path / "other"))
 
 
 def test_a_finished_stage_returns_its_parameters_without_a_step(run_part, tmp_path):

@@ -60,7 +60,7 @@ def test_eight_devices_compute_what_one_does(step, meshes):
     ]
 
 
-@pytest.mark.parametrize("step", ["supervised", "bpo"])
+@pytest.mark.parametrize("step", ["supervised", "bpo", "loading"])
 def test_two_processes_compute_what_one_does(step):
     """A pod's hosts see their own devices alone; together they must do the same step."""
     with socket.socket() as free:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ from helpers import CONFIG, MODEL, assert_trees_close, one_a_row, picture, quest
 
 from r4b_jax import config as c
 from r4b_jax.data import images
-from r4b_jax.data.examples import Packer, empty_batch, encode, encode_question, place
-from r4b_jax.data.loader import Loader, examples, pick_topic, stream_seed
+from r4b_jax.data.examples import Packer, empty_batch, encode, encode_sample, place, place_tiles
+from r4b_jax.data.loader import Loader, Position, examples
+from r4b_jax.data.mixture import stream_seed
+from r4b_jax.data.samples import RecordError
 from r4b_jax.models import r4b
 from r4b_jax.training.losses import supervised_loss
 
@@ -24,10 +27,13 @@ def samples(tokenizer):
     made = []
     for i, question in enumerate(2 * questions()):
         thinks, masked, power = (True, False, 0.0) if i < 3 else (False, True, 0.7)
-        if question.image is not None:
-            question = dataclasses.replace(question, image=picture(20 + i))
+        thought = question.last.thought if thinks else None
+        question = question.answered(question.answer, thought)
+        if question.images:
+            last = dataclasses.replace(question.last, images=(picture(20 + i),))
+            question = dataclasses.replace(question, turns=(last,))
         settings = dict(mask_empty_block=masked, length_power=power)
-        made.append(encode_question(tokenizer, VISION, question, thinks, **settings))
+        made.append(encode_sample(tokenizer, VISION, question, **settings))
     assert len({len(e.tokens) for e in made}) >= 5
     return made
 
@@ -37,6 +43,8 @@ def packed(samples, tokenizer):
     """The six in two rows, several to a row."""
     packer = Packer(2, 130, 3, VISION, tokenizer.pad_id)
     assert all(packer.add(example) for example in samples)
+    for placed in packer.placements:
+        place_tiles(packer.batch, placed.row, placed.tile, placed.example)
     assert packer.segments.min() >= 2 and packer.tiles_used.max() >= 2
     return packer.batch
 
@@ -144,9 +152,10 @@ def test_a_picture_of_another_size_is_scaled_and_of_the_right_size_untouched():
 def test_long_replies_weigh_as_the_length_power_says(tokenizer, power, total):
     """n tokens of n^-power each sum to n^(1-power); masked tokens are none of the n."""
     for thinks, masked in ((True, False), (False, True), (False, False)):
-        example = encode_question(
-            tokenizer, VISION, questions()[1], thinks, mask_empty_block=masked, length_power=power
-        )
+        question = questions()[1]
+        question = question.answered(question.answer, question.last.thought if thinks else None)
+        settings = dict(mask_empty_block=masked, length_power=power)
+        example = encode_sample(tokenizer, VISION, question, **settings)
         count = np.count_nonzero(example.loss_weights)
         np.testing.assert_allclose(example.loss_weights.sum(), count**total, rtol=1e-5)
         assert len(set(example.loss_weights)) == 2
@@ -155,7 +164,7 @@ def test_long_replies_weigh_as_the_length_power_says(tokenizer, power, total):
 # The loader
 
 STAGE = c.StageConfig(
-    topics={"maths": 0.5, "arithmetic": 0.3, "vqa": 0.2},
+    mixture={"maths": (0.25, 0.25), "arithmetic": (0.2, 0.1), "vqa": (0.2, 0.0)},
     num_steps=9,
     batch_rows=2,
     packed_len=180,
@@ -163,16 +172,16 @@ STAGE = c.StageConfig(
 )
 
 
-def loader(tokenizer, position: int = 0, seed: int = 0, **changes) -> Loader:
-    stage = dataclasses.replace(STAGE, **changes)
-    config = dataclasses.replace(CONFIG, annealing=stage, seed=seed)
-    return Loader(config, "annealing", tokenizer, position)
+def source_config(seed: int = 0, **changes) -> c.Config:
+    return dataclasses.replace(CONFIG, seed=seed, annealing=dataclasses.replace(STAGE, **changes))
 
 
-def take(source: Loader, count: int):
-    """`count` batches and the position after each."""
-    batches = iter(source)
-    taken = [(next(batches), source.position) for _ in range(count)]
+def take(tokenizer, count: int, position: Position | None = None, config=None):
+    """`count` packed batches from a position on."""
+    batches = Loader(config or source_config(), "annealing", tokenizer).batches(
+        position or Position()
+    )
+    taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
 
@@ -181,90 +190,130 @@ def same(a, b) -> bool:
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
+def segments_of(packed) -> list[tuple]:
+    """The tokens of each segment of a batch."""
+    batch = packed.batch
+    return [
+        tuple(batch.tokens[row][batch.segment_ids[row] == segment])
+        for row in range(len(batch.tokens))
+        for segment in range(1, batch.segment_ids[row].max() + 1)
+    ]
+
+
 def test_batches_from_a_saved_position_are_those_of_an_uninterrupted_run(tokenizer):
-    """A resumed run must see exactly what it would have seen, bit for bit."""
-    whole = take(loader(tokenizer), 5)
-    resumed = take(loader(tokenizer, position=whole[1][1]), 3)
-    for (batch, position), (again, position_again) in zip(whole[2:], resumed):
-        assert same(batch, again) and position == position_again
-    positions = [position for _, position in whole]
-    assert positions == sorted(set(positions)) and positions[0] > 2
+    """A resumed run must see exactly what it would have seen, bit for bit, whatever was waiting."""
+    whole = take(tokenizer, 5)
+    assert any(packed.position.waiting for packed in whole)
+    for k in (1, 3):
+        resumed = take(tokenizer, 5 - k, whole[k - 1].position)
+        for packed, again in zip(whole[k:], resumed):
+            assert same(packed.batch, again.batch) and packed.position == again.position
+    counters = [packed.position.counter for packed in whole]
+    assert counters == sorted(set(counters)) and counters[0] > 2
+
+
+def test_the_number_of_threads_changes_nothing(tokenizer):
+    """Threads finish in any order; batches must not."""
+    one, many = (
+        take(tokenizer, 3, config=dataclasses.replace(source_config(), workers=n)) for n in (1, 7)
+    )
+    assert all(same(a.batch, b.batch) and a.position == b.position for a, b in zip(one, many))
 
 
 def test_another_seed_or_stage_gives_other_batches(tokenizer):
     """A seed that changed nothing would make error bars meaningless."""
-    (first, _), (other, _) = take(loader(tokenizer), 1)[0], take(loader(tokenizer, seed=1), 1)[0]
-    assert not same(first, other) and same(first, take(loader(tokenizer), 1)[0][0])
+    (first,), (other,) = (take(tokenizer, 1, config=source_config(seed)) for seed in (0, 1))
+    assert not same(first.batch, other.batch)
+    assert same(first.batch, take(tokenizer, 1)[0].batch)
     seeds = {stream_seed(seed, name) for seed in range(3) for name in ("joint", "annealing")}
     assert len(seeds) == 6
 
 
-def test_every_sample_is_used_once_in_order_or_dropped_and_counted(tokenizer):
-    """An example too long for a row must not end the stream, nor vanish without a count."""
-    stream = examples(source_config(), "annealing", tokenizer)
+def test_every_sample_is_used_once_or_set_aside_with_its_id(tokenizer):
+    """An example too long for a row must not end the stream, nor vanish without its name."""
+    stream, _ = examples(source_config(), "annealing", tokenizer)
     room = sorted(len(stream[i].tokens) for i in range(40))[25]
-    source = loader(tokenizer, packed_len=room)
-    taken = take(source, 8)
-    end = taken[-1][1]
-    fitting = [e for e in (stream[i] for i in range(end)) if len(e.tokens) <= room]
-    assert source.dropped == end - len(fitting) > 0
-    segments = [
-        tuple(batch.tokens[row][batch.segment_ids[row] == segment])
-        for batch, _ in taken
-        for row in range(2)
-        for segment in range(1, batch.segment_ids[row].max() + 1)
-    ]
+    taken = take(tokenizer, 8, config=source_config(packed_len=room))
+    position = taken[-1].position
+    seen = [stream[i] for i in range(position.counter) if i not in position.waiting]
+    fitting = [e for e in seen if len(e.tokens) <= room]
+    aside = [aside for packed in taken for aside in packed.set_aside]
+    assert sorted(a.id for a in aside) == sorted(e.id for e in seen if len(e.tokens) > room)
+    assert aside and all(f"packed_len = {room}" in a.reason for a in aside)
+    segments = [segment for packed in taken for segment in segments_of(packed)]
     assert sorted(segments) == sorted(tuple(e.tokens) for e in fitting)
+
+
+def test_what_waits_is_never_overtaken_for_long(tokenizer):
+    """A long sample that small ones keep out of every row would never be learned."""
+    position = Position()
+    batches = Loader(source_config(), "annealing", tokenizer).batches(position)
+    waited: dict[int, int] = {}
+    for _ in range(30):
+        position = next(batches).position
+        waited = {number: waited.get(number, 0) + 1 for number in position.waiting}
+        assert all(age < 30 for age in waited.values())
+    oldest = max(waited, key=waited.get)
+    assert position.counter - oldest < 300
+    batches.close()
 
 
 def test_rows_that_no_sample_fits_stop_the_stage_instead_of_hanging_it(tokenizer):
     """An endless stream of samples that are all too long would be searched for ever."""
-    with pytest.raises(ValueError, match=r"packed_len \(9\)"):
-        take(loader(tokenizer, packed_len=9), 1)
+    with pytest.raises(RecordError, match="packed_len = 9"):
+        take(tokenizer, 1, config=source_config(packed_len=9))
 
 
-def source_config(**changes) -> c.Config:
-    return dataclasses.replace(CONFIG, annealing=dataclasses.replace(STAGE, **changes))
+@pytest.mark.parametrize(
+    "mixture, told",
+    [
+        ({"mathss": (1.0, 0.0)}, "config.annealing.mixture: no source has the topic 'mathss'"),
+        ({"mathss": (1.0, 0.0)}, "did you mean maths?"),
+    ],
+)
+def test_a_topic_that_no_source_has_is_an_error(tokenizer, mixture, told):
+    """Told when the sources are opened, with what there is."""
+    with pytest.raises(c.ConfigError, match=re.escape(told)):
+        take(tokenizer, 1, config=source_config(mixture=mixture))
 
 
-def test_an_error_in_the_loaders_thread_reaches_the_caller(tokenizer):
-    """A topic that does not exist must stop the run with its name, not hang it."""
-    with pytest.raises(KeyError, match="mathss"):
-        take(loader(tokenizer, topics={"mathss": 1.0}), 1)
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.75, 0.25)])
+def test_topics_and_modes_come_by_their_weights_whatever_their_sum(tokenizer, weights):
+    """The paper's table is counts of samples: neither normalised nor ordered."""
+    maths, ocr = weights
+    mixture = {"ocr": (0.0, ocr), "maths": (maths / 3, 2 * maths / 3), "vqa": (0.0, 0.0)}
+    stream, _ = examples(source_config(mixture=mixture), "annealing", tokenizer)
+    drawn = [stream[i].id.split("/")[2:4] for i in range(400)]
+    assert drawn.count(["ocr", "thinking"]) == 100
+    assert drawn.count(["maths", "direct"]) == 100 and drawn.count(["maths", "thinking"]) == 200
 
 
-@pytest.mark.parametrize("topics", [{"maths": 3.0, "ocr": 1.0}, {"ocr": 0.25, "maths": 0.75}])
-def test_topics_are_drawn_by_their_weights_whatever_their_order_and_sum(topics):
-    """The mixture is a set of weights: neither normalised nor ordered."""
-    rng = np.random.default_rng(0)
-    drawn = [pick_topic(topics, rng) for _ in range(4000)]
-    assert abs(drawn.count("maths") / 4000 - 0.75) < 0.03
-    assert pick_topic({"a": 0.0, "b": 1.0, "c": 0.0}, rng) == "b"
-
-
-@pytest.mark.parametrize("format", ["direct", "thinking", "bimode"])
-def test_the_format_of_a_stage_decides_who_thinks_and_what_is_masked(tokenizer, format):
-    """Stage 3 is all direct with the empty block masked; annealing has both and masks nothing."""
-    stream = examples(source_config(format=format), "annealing", tokenizer)
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_empty_block_is_masked_where_the_stage_says_so(tokenizer, mask):
+    """Stage 3 masks the block of direct answers; annealing masks nothing."""
+    config = source_config(mask_empty_block=mask)
+    stream, _ = examples(config, "annealing", tokenizer)
     modes = set()
     for i in range(25):
         example = stream[i]
         start = np.flatnonzero(example.tokens == tokenizer.think_id)[0] + 1
         thinks = example.tokens[start] == tokenizer.thinking_id
-        modes.add("thinking" if thinks else "direct")
+        modes.add(bool(thinks))
         assert not example.loss_weights[:start].any()
-        masked = 2 if format == "direct" else 0
+        masked = 2 if mask and not thinks else 0
         assert not example.loss_weights[start : start + masked].any()
         assert example.loss_weights[start + masked :].all()
-    assert modes == ({"direct", "thinking"} if format == "bimode" else {format})
+    assert modes == {True, False}
 
 
 def test_the_reply_helper_builds_what_training_builds(tokenizer):
     """The other tests lean on it, so it is checked against the real thing."""
     question = questions()[0]
-    real = encode_question(
-        tokenizer, VISION, question, True, mask_empty_block=False, length_power=0.0
-    )
+    real = encode_sample(tokenizer, VISION, question)
     length = int(real.loss_weights.sum())
     ours = with_reply(tokenizer, question, real.tokens[-length:])
-    assert same(dataclasses.asdict(real), dataclasses.asdict(ours))
+    np.testing.assert_array_equal(real.tiles, ours.tiles)
+    for name in ("tokens", "positions", "branch_ids", "predecessors", "loss_weights"):
+        np.testing.assert_array_equal(getattr(real, name), getattr(ours, name))
+    np.testing.assert_array_equal(real.plan_index, ours.plan_index)
+    np.testing.assert_array_equal(real.plan_weight, ours.plan_weight)

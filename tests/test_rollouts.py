@@ -229,7 +229,8 @@ def test_a_reply_that_fits_no_row_is_refused(tokenizer, rollouts, advantages):
 def test_sampled_rollouts_come_apart_into_the_modes_they_were_forced_to(tokenizer, params, int8):
     """From the questions to packed rows in one go, as the loop does it."""
     config = config_with(int8_rollouts=int8)
-    launched = launch_rollouts(config, params, tokenizer, questions(), jax.random.key(0))
+    queries = [(q, encode_prompt(tokenizer, MODEL.vision, q)) for q in questions()]
+    launched = launch_rollouts(config, params, tokenizer, queries, jax.random.key(0))
     sampled = collect_rollouts(tokenizer, launched)
     assert sampled.generation.tokens.shape == (3, 4, config.generate.max_new_tokens)
     for replies in sampled.replies:

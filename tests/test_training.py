@@ -12,7 +12,8 @@ from helpers import MODEL, assert_trees_close, one_a_row, questions, with_reply
 
 from r4b_jax import config as c
 from r4b_jax.common.checkpoint import StageCheckpoints
-from r4b_jax.data.examples import Packer, Question, encode_question
+from r4b_jax.data.examples import Packer, encode_sample, place_tiles
+from r4b_jax.data.samples import Sample
 from r4b_jax.models import r4b
 from r4b_jax.training.losses import caption_words_loss, supervised_loss, token_logps
 from r4b_jax.training.optimizer import bpo_optimizer, schedule, stage_optimizer, trainable
@@ -314,9 +315,10 @@ def test_twenty_batches_of_varying_pictures_compile_one_program(params, tokenize
         for _ in range(rng.integers(1, 5)):
             side = int(rng.integers(3, 30)), int(rng.integers(3, 30))
             image = rng.integers(0, 256, (*side, 3), np.uint8) if rng.random() < 0.7 else None
-            question = Question("ocr", image, "Read it." * rng.integers(1, 3), "12", "")
-            settings = dict(mask_empty_block=False, length_power=0.0)
-            packer.add(encode_question(tokenizer, vision, question, False, **settings))
+            sample = Sample.ask("ocr", image, "Read it." * rng.integers(1, 3), "12")
+            packer.add(encode_sample(tokenizer, vision, sample))
+        for placed in packer.placements:
+            place_tiles(packer.batch, placed.row, placed.tile, placed.example)
         tiles.add(int(packer.tiles_used.sum()))
         state, _ = step(state, packer.batch)
     assert len(tiles) > 2 and step._cache_size() == 1

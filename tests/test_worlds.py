@@ -1,6 +1,5 @@
 """The small world: honest traces and answers, splits that do not leak, and pure randomness."""
 
-import dataclasses
 import functools
 import operator
 import pathlib
@@ -13,9 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from r4b_jax.config import STAGES, Config, StageConfig, WorldConfig
-from r4b_jax.data import loader, worlds
-from r4b_jax.data.examples import Question
+from r4b_jax.config import STAGES, WorldConfig
+from r4b_jax.data import worlds
+from r4b_jax.data.mixture import SmallWorld
+from r4b_jax.data.samples import Sample
 from r4b_jax.data.tokenizer import train_tokenizer
 from r4b_jax.data.worlds import (
     DIGIT,
@@ -32,7 +32,7 @@ COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "%": operator.mod}
 TINY = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"))
 # The world's test topics, and whatever else configs/tiny.py trains on.
-ALL_TOPICS = sorted({*TOPICS}.union(*(TINY["get_config"]()[name].topics for name in STAGES)))
+ALL_TOPICS = sorted({*TOPICS}.union(*(TINY["get_config"]()[name].mixture for name in STAGES)))
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,18 @@ def test() -> World:
     return World(WorldConfig(), "test")
 
 
-def ask(world: World, topic: str, seed: int) -> Question:
+def ask(world: World, topic: str, seed: int) -> Sample:
     return world.question(topic, np.random.default_rng((seed, 5)))
 
 
-def same(a: Question, b: Question) -> bool:
+def same(a: Sample, b: Sample) -> bool:
     """Two questions are equal, pictures too."""
-    texts = [(q.topic, q.text, q.answer, q.trace) for q in (a, b)]
-    return texts[0] == texts[1] and np.array_equal(a.image, b.image)
+    texts = [(q.topic, q.question, q.answer, q.last.thought) for q in (a, b)]
+    return texts[0] == texts[1] and same_pictures(a, b)
+
+
+def same_pictures(a: Sample, b: Sample) -> bool:
+    return len(a.images) == len(b.images) and all(map(np.array_equal, a.images, b.images))
 
 
 @functools.cache
@@ -66,20 +70,20 @@ def drawn_digits() -> dict[bytes, int]:
     return labels
 
 
-def digits_in(question: Question) -> np.ndarray:
+def digits_in(question: Sample) -> np.ndarray:
     """The 3 x 3 digits a test question is about, found in its picture or read from its text."""
-    if question.image is None:
-        return np.array([int(c) for c in question.text.split("\n")[0]]).reshape(3, 3)
+    if not question.images:
+        return np.array([int(c) for c in question.question.split("\n")[0]]).reshape(3, 3)
     grid = np.zeros((3, 3), int)
     for row, column in np.ndindex(3, 3):
-        cell = question.image[row * DIGIT :, column * DIGIT :, 0][:DIGIT, :DIGIT]
+        cell = question.images[0][row * DIGIT :, column * DIGIT :, 0][:DIGIT, :DIGIT]
         grid[row, column] = drawn_digits()[cell.tobytes()]
     return grid
 
 
-def solve(question: Question, grid: np.ndarray) -> str:
+def solve(question: Sample, grid: np.ndarray) -> str:
     """The answer to a question about digits, worked out from its words alone."""
-    text = question.text.split("\n")[-1]
+    text = question.question.split("\n")[-1]
     rows = [ROWS.index(w) for w in re.findall("|".join(ROWS), text)]
     places = [PLACES.index(w) for w in re.findall("|".join(PLACES), text)]
     sums = grid.sum(1)
@@ -123,8 +127,8 @@ def test_answers_are_those_of_what_is_shown(request, topic, split):
     solved = 0
     for seed in range(150):
         question = ask(request.getfixturevalue(split), topic, seed)
-        shown, _, text = question.text.rpartition("\n")
-        caption = question.trace if topic == "vqa" else shown
+        shown, _, text = question.question.rpartition("\n")
+        caption = question.last.thought if topic == "vqa" else shown
         if topic == "words":  # nine words of two kinds, each at least once
             colour, shape = sorted(set(shown.split()), key=lambda word: word in SHAPES)
             assert len(shown.split()) == 9 and shape in SHAPES
@@ -132,13 +136,13 @@ def test_answers_are_those_of_what_is_shown(request, topic, split):
         if caption.startswith("a "):
             if caption == "a shape":  # easy-VQA never asks for this one's shape or colour
                 continue
-            assert solve_shape(text, caption) == question.answer, question.text
+            assert solve_shape(text, caption) == question.answer, question.question
         elif shown or split == "test":
-            assert solve(question, digits_in(question)) == question.answer, question.text
+            assert solve(question, digits_in(question)) == question.answer, question.question
         else:  # training digits are shifted and noisy: the trace is what is left to check by
             continue
         solved += 1
-    assert solved > 60 or (split == "train" and question.image is not None and topic != "vqa")
+    assert solved > 60 or (split == "train" and question.images and topic != "vqa")
 
 
 @pytest.mark.parametrize("topic", ALL_TOPICS)
@@ -147,7 +151,7 @@ def test_every_step_of_a_trace_is_true(train, topic):
     steps = 0
     for seed in range(300):
         question = ask(train, topic, seed)
-        for chain in f"{question.trace} {question.answer}".split():
+        for chain in f"{question.last.thought or ''} {question.answer}".split():
             parts = chain.split("=")
             for left, right in zip(parts, parts[1:]):
                 a, sign, b = re.fullmatch(r"(-?\d+)([-+*%])(\d+)", left).groups()
@@ -163,8 +167,8 @@ def test_a_trace_ends_in_the_answer(train, topic):
     signs = set()
     for seed in range(200):
         question = ask(train, topic, seed)
-        assert question.trace.split()[-1].split("=")[-1] == question.answer
-        signs |= set(re.findall(r"(?<=\d)[-+*%](?=\d)", question.trace))
+        assert question.last.thought.split()[-1].split("=")[-1] == question.answer
+        signs |= set(re.findall(r"(?<=\d)[-+*%](?=\d)", question.last.thought))
     assert signs == ({"+"} if topic == "compare" else {"+", "-", "*", "%"})  # every kind was seen
 
 
@@ -218,37 +222,21 @@ def test_noise_is_for_training_pictures_only():
     """Test pictures must be the same for every setting of the noise; training ones must not."""
     quiet, loud = WorldConfig(pixel_noise=0.0), WorldConfig(pixel_noise=40.0)
     for topic in ("ocr", "vqa"):
-        a, b = (ask(World(config, "test"), topic, 1).image for config in (quiet, loud))
+        a, b = (ask(World(config, "test"), topic, 1).images[0] for config in (quiet, loud))
         np.testing.assert_array_equal(a, b)
-        a, b = (ask(World(config, "train"), topic, 1).image for config in (quiet, loud))
+        a, b = (ask(World(config, "train"), topic, 1).images[0] for config in (quiet, loud))
         assert np.abs(a.astype(int) - b).mean() > 5
 
 
 def test_nothing_in_a_question_tells_whether_its_sample_thinks(tokenizer):
     """If the questions differed, auto mode could learn the mode from them and not from need."""
-    stage = StageConfig(topics={"maths": 1.0, "vqa": 1.0})
-    streams = []
-    for share in (0.0, 1.0):
-        world = WorldConfig(think_share_reasoning=share, think_share_non_reasoning=share)
-        config = Config(world=world, annealing=stage)
-        streams.append(loader.examples(config, "annealing", tokenizer))
-    for i in range(20):
-        direct, thinking = (stream[i] for stream in streams)
-        end = np.flatnonzero(direct.tokens == tokenizer.think_id)[0] + 1
-        np.testing.assert_array_equal(direct.tokens[:end], thinking.tokens[:end])
-        np.testing.assert_array_equal(direct.tiles, thinking.tiles)
-        assert direct.tokens[end] == tokenizer.direct_id
-        assert thinking.tokens[end] == tokenizer.thinking_id
-
-
-def test_the_share_of_thinking_samples_is_the_configured_one(train):
-    """The mixture decides how far thinking atrophies; non-reasoning topics have their own share."""
-    config = dataclasses.replace(
-        WorldConfig(), think_share_non_reasoning=0.2, think_share_reasoning=0.7
-    )
-    world, rng = World(config, "train"), np.random.default_rng(0)
-    for topic, share in (("ocr", 0.2), ("vqa", 0.2), ("maths", 0.7), ("compare", 0.7)):
-        assert abs(np.mean([world.thinks(topic, rng) for _ in range(2000)]) - share) < 0.05
+    world = SmallWorld(WorldConfig())
+    for topic in ("maths", "vqa", "arithmetic"):
+        direct, thinking = (world.stream(topic, mode, "any", 3) for mode in ("direct", "thinking"))
+        for i in range(20):
+            assert direct[i].question == thinking[i].question
+            assert same_pictures(direct[i], thinking[i])
+            assert direct[i].last.thought is None and thinking[i].last.thought
 
 
 def test_the_same_texts_give_the_same_tokenizer_and_it_survives_a_file(tokenizer, tmp_path):
@@ -267,5 +255,5 @@ def test_every_topic_survives_its_tokenizer(train, tokenizer, topic):
     """A text that does not come back from its ids could never be answered right."""
     for seed in range(20):
         question = ask(train, topic, seed)
-        for text in (question.text, question.answer, question.trace):
+        for text in (question.question, question.answer, question.last.thought or ""):
             assert tokenizer.decode(tokenizer.encode(text)) == text

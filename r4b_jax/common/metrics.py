@@ -171,6 +171,38 @@ class MetricWriter:
         self.board.close()
 
 
+class StepLog:
+    """Appends what went wrong in a step to `folder`/`name`, a line of JSON each.
+
+    A resumed stage first drops its own lines from after `resume_step`. Each process has a file of
+    its own: the first `name`, the others with their number before the ending.
+    """
+
+    def __init__(self, folder: str, name: str, stage: str, resume_step: int = 0):
+        if (number := jax.process_index()) > 0:
+            base, ending = os.path.splitext(name)
+            name = f"{base}-{number}{ending}"
+        self.path, self.stage = os.path.join(folder, name), stage
+        kept = []
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
+                whole = [(line, json.loads(line)) for line in f if line.endswith("\n")]
+            kept = [
+                line
+                for line, record in whole
+                if record["stage"] != stage or 0 < resume_step >= record["step"]
+            ]
+            with open(self.path, "w", encoding="utf-8") as f:
+                f.writelines(kept)
+
+    def write(self, step: int, records: list[dict]):
+        """The records of one step; without any, nothing is written."""
+        if records:
+            with open(self.path, "a", encoding="utf-8") as f:
+                for record in records:
+                    f.write(json.dumps({"stage": self.stage, "step": step, **record}) + "\n")
+
+
 def read_metrics(folder: str, stage: str | None = None) -> list[dict]:
     """The whole records of `folder`/metrics.jsonl, of one stage or all."""
     path = os.path.join(folder, "metrics.jsonl")

@@ -1,7 +1,7 @@
 """Several processes, one a host of a pod: who writes files, and what all must agree on.
 
-Every process runs the same program on the same settings and packs the same batches; of those a
-device takes its rows. Files are written by the first process alone.
+Every process runs the same program on the same settings and packs the same batches, but decodes
+the pictures of its own rows alone. Files are written by the first process.
 """
 
 import contextlib
@@ -51,6 +51,13 @@ def agree(value: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+def total(count: int) -> int:
+    """The sum of what each process counted, on all."""
+    if jax.process_count() == 1:
+        return count
+    return int(multihost_utils.process_allgather(np.array(count)).sum())
 
 
 def fetch(tree):

@@ -257,6 +257,19 @@ def place_rows(tree):
     return place(tree, lambda path, num_axes: ("rows", *[None] * (num_axes - 1)))
 
 
+def own_rows(count: int) -> np.ndarray:
+    """Which rows of a batch of `count` this process's devices hold: bool[count]."""
+    mesh = current()
+    own = np.ones(count, bool)
+    if mesh is None or jax.process_count() == 1:
+        return own
+    own[:] = False
+    where = NamedSharding(mesh, spec(("rows",), (count,), mesh))
+    for (rows,) in where.addressable_devices_indices_map((count,)).values():
+        own[rows] = True
+    return own
+
+
 def release(tree):
     """Give back the memory of arrays that nobody may use any more."""
     for x in jax.tree.leaves(tree):

@@ -1,31 +1,34 @@
-"""A conversation as token ids: by the checkpoint's own chat template where there is one, else by
-the template of data/dialogue.py.
+"""A conversation as the ids of a prompt: by the checkpoint's own chat template where there is one,
+else by the one of R-4B's model card.
 
 What a person typed can never become a control token: a template is rendered with marks in the
 person's place, the control tokens are taken from what the template itself wrote, and everything
 between two of them is encoded as plain text.
 """
 
-import dataclasses
 import datetime
+import functools
+from collections.abc import Sequence
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from r4b_jax.data.tokenizer import Tokenizer
+from r4b_jax.data.samples import PLACE, Turn
+from r4b_jax.data.tokenizer import IMAGE, Tokenizer
 
-# data/dialogue.py's template, of several turns; also for those who serve what was trained here.
+# The model card's prompt, of several turns; also for those who serve what was trained here.
 OWN_TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role }}
     {%- if message.content is string %}
         {{- '\\n' + message.content }}
     {%- else %}
-        {%- for part in message.content if part.type == 'image' %}
-            {{- (' ' if loop.first else '\\n') + '<image>' }}
-        {%- endfor %}
-        {%- for part in message.content if part.type == 'text' %}
-            {{- '\\n' + part.text }}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- (' ' if loop.first else '\\n') + '<image>' }}
+            {%- else %}
+                {{- '\\n' + part.text }}
+            {%- endif %}
         {%- endfor %}
     {%- endif %}
     {{- '<|im_end|>' }}
@@ -35,28 +38,25 @@ OWN_TEMPLATE = """{%- for message in messages %}
 MARK = "\ue000{}\ue001"  # of the private use area: no text has them, or they are taken out of it
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One question with its pictures and, unless it is the last, the answer it was given."""
-
-    question: str
-    image_tokens: tuple[int, ...] = ()  # how many image tokens each of its pictures takes
-    answer: str | None = None  # without the thought, as Qwen3's template leaves it out
-
-
-def prompt_ids(tokenizer: Tokenizer, turns: list[Turn], template: str | None) -> list[int]:
+def prompt_ids(
+    tokenizer: Tokenizer, turns: Sequence[Turn], image_tokens: Sequence[int], system: str = ""
+) -> list[int]:
     """The conversation up to and including the `<think>` of the reply to come.
 
+    Args:
+      turns: of the last one neither answer nor thought is read; of the others no thought, as
+        Qwen3's template leaves them out.
+      image_tokens: how many tokens each picture takes, in the order the turns show them.
     Raises:
       ValueError: the template cannot be rendered, or does not show every picture once.
     """
-    counts = [count for turn in turns for count in turn.image_tokens]
-    texts = [text for turn in turns for text in (turn.question, turn.answer) if text is not None]
-    picture = tokenizer.image_name + "\n"
-    own = OWN_TEMPLATE.replace("<image>", tokenizer.image_name)
-    rendered = _render(own if template is None else template, turns, picture)
+    counts = list(image_tokens)
+    template = tokenizer.template
+    if template is None:
+        template = OWN_TEMPLATE.replace(IMAGE, tokenizer.image_name)
+    rendered, texts = _render(template, turns, system, tokenizer.image_name + "\n")
     parts = tokenizer.split_control(rendered)
-    last_mark = max(i for i, part in enumerate(parts) if MARK[0] in str(part))
+    last_mark = max((i for i, part in enumerate(parts) if MARK[0] in str(part)), default=-1)
     ids: list[int] = []
     plain = ""
     for i, part in enumerate(parts):
@@ -82,38 +82,71 @@ def prompt_ids(tokenizer: Tokenizer, turns: list[Turn], template: str | None) ->
 def _filled(text: str, texts: list[str]) -> str:
     """The marks of a plain run replaced by what people wrote."""
     for i, written in enumerate(texts):
-        text = text.replace(MARK.format(i), written.replace("\ue000", "").replace("\ue001", ""))
+        text = text.replace(MARK.format(i), written)
     return text
 
 
-def _render(template: str, turns: list[Turn], picture: str) -> str:
-    """The checkpoint's template with marks for what people wrote."""
+def _render(template: str, turns: Sequence[Turn], system: str, picture: str):
+    """(The template with marks for what people wrote, what they wrote)."""
     typed = "'image'" in template or '"image"' in template  # it takes lists of typed parts
-    messages, number = [], 0
-    for turn in turns:
-        text = MARK.format(number)
-        number += 1
+    texts: list[str] = []
+
+    def content(text: str, num_images: int = 0):
+        parts = _parts(text, num_images)
+        for part in parts:
+            if part["type"] == "text":
+                texts.append(part["text"].replace(MARK[0], "").replace(MARK[-1], ""))
+                part["text"] = MARK.format(len(texts) - 1)
         if typed:
-            content = [{"type": "image"} for _ in turn.image_tokens]
-            content.append({"type": "text", "text": text})
-        else:
-            content = picture * len(turn.image_tokens) + text
-        messages.append({"role": "user", "content": content})
-        if turn.answer is not None:
-            text = MARK.format(number)
-            content = [{"type": "text", "text": text}] if typed else text
-            messages.append({"role": "assistant", "content": content})
-            number += 1
+            return parts
+        plain = ""
+        for part in parts:
+            between = "\n" if plain and part["type"] == "image" and plain[-1] != "\n" else ""
+            plain += between + part.get("text", picture)
+        return plain
+
+    messages = [{"role": "system", "content": content(system)}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": content(turn.question, len(turn.images))})
+        messages.append({"role": "assistant", "content": content(turn.answer.strip())})
+    try:
+        rendered = _compiled(template).render(
+            messages=messages[:-1],
+            add_generation_prompt=True,
+            tools=None,
+            bos_token="",
+            eos_token="",
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template cannot be rendered: {error}") from None
+    return rendered, texts
+
+
+def _parts(text: str, num_images: int) -> list[dict]:
+    """A question as typed parts: texts, and pictures where it shows them.
+
+    Raises:
+      ValueError: it shows another number of pictures than it has.
+    """
+    pieces = text.split(PLACE)
+    if len(pieces) == 1:  # the pictures come first
+        return [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    if len(pieces) - 1 != num_images:
+        raise ValueError(f"a question shows {len(pieces) - 1} pictures and has {num_images}")
+    parts: list[dict] = []
+    for i, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if i else []
+        parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
+    return parts
+
+
+@functools.cache
+def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _today}
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, bos_token="", eos_token=""
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template cannot be rendered: {error}") from None
+    return environment.from_string(template)
 
 
 class _Generation(Extension):

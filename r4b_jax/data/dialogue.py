@@ -1,20 +1,23 @@
-"""The template, the three modes, what carries loss, and how a reply is taken apart (PAPER.md
-section 1).
+"""The three modes, what carries loss, and how a reply is taken apart (PAPER.md section 1).
 
     <|im_start|>user <image>...<image>\\nQUESTION<|im_end|><|im_start|>assistant\\n<think>   the
-    prompt
+    prompt (data/conversation.py)
         auto:         nothing more; the model's next token decides
         thinking:     \\n            then the model writes TRACE\\n</think>\\n\\nANSWER<|im_end|>
         non-thinking: \\n\\n</think>  then the model writes \\n\\nANSWER<|im_end|>
 
-This file alone knows these strings. `\\n` and `\\n\\n` are one token each, so the mode is one
-token.
+This file alone knows the strings of the modes. `\\n` and `\\n\\n` are one token each, so the mode
+is one token.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from r4b_jax.data.conversation import prompt_ids
+from r4b_jax.data.samples import Sample
 from r4b_jax.data.tokenizer import Tokenizer
 
 MODES = ("auto", "thinking", "non-thinking")
@@ -29,22 +32,6 @@ class Reply:
     answer: str | None
     thinks: bool
     num_tokens: int
-
-
-def prompt_ids(tokenizer: Tokenizer, question: str, image_tokens: list[int]) -> list[int]:
-    """The prompt up to and including `<think>`, the same for all three modes.
-
-    Args:
-      image_tokens: how many image tokens each picture takes; [] = no picture.
-    """
-    ids = [tokenizer.control("<|im_start|>")]
-    before = "user "
-    for count in image_tokens:
-        ids += tokenizer.encode(before) + [tokenizer.image_id] * count
-        before = "\n"
-    ids += tokenizer.encode(("" if image_tokens else "user") + f"\n{question}")
-    ids += [tokenizer.end_id, tokenizer.control("<|im_start|>")]
-    return ids + tokenizer.encode("assistant\n") + [tokenizer.think_id]
 
 
 def forced_ids(tokenizer: Tokenizer, mode: str) -> list[int]:
@@ -65,23 +52,75 @@ def reply_ids(tokenizer: Tokenizer, answer: str, thought: str | None) -> list[in
     return ids + tokenizer.encode("\n\n" + answer.strip()) + [tokenizer.end_id]
 
 
-def render(tokenizer, question, image_tokens, answer, thought, *, mask_empty_block: bool):
-    """A training sequence: ids, and 1 where the prediction of an id carries loss.
+class Rendered(NamedTuple):
+    """A training sequence of n tokens. Each turn's reply but the last is a branch of its own."""
 
-    The prompt carries none. With `mask_empty_block` (stage 3: the language model's own reasoning
-    must survive) neither does the `\\n\\n</think>` of a direct reply; in annealing it must, or the
-    model never learns to choose.
+    tokens: np.ndarray  # int32[n]
+    positions: np.ndarray  # int32[n]
+    branch_ids: np.ndarray  # int32[n], 0 = what all later turns see
+    predecessors: np.ndarray  # int32[n], place of the token that predicts this one
+    loss: np.ndarray  # float32[n], 1 where predicting the token carries loss
 
-    Returns:
-      (ids list[int], loss float32[len(ids)]).
+
+def render(
+    tokenizer: Tokenizer, sample: Sample, image_tokens: Sequence[int], *, mask_empty_block: bool
+) -> Rendered:
+    """A conversation as it is trained on: every reply after what it will be asked after.
+
+    A later turn sees an earlier answer as the template shows it, without thought or empty block;
+    so the reply that is learned, which has them, is a branch that nothing later sees:
+
+        user 1 <think> reply 1 | answer 1 user 2 <think> reply 2 | answer 2 user 3 <think> reply 3
+        0 0  0 1       1 1       0      0 0    0 2       2 2       0      0 0    0 0       0 0
+
+    Prompts and earlier answers carry no loss, replies do; but with `mask_empty_block` (stage 3:
+    the language model's own reasoning must survive) not the `\\n\\n</think>` of a direct one. In
+    annealing it must carry loss, or the model never learns to choose.
+
+    Args:
+      image_tokens: how many tokens each picture takes.
+    Raises:
+      ValueError: the template shows a turn differently once others follow it.
     """
-    prompt = prompt_ids(tokenizer, question, image_tokens)
-    reply = reply_ids(tokenizer, answer, thought)
-    loss = np.ones(len(prompt) + len(reply), np.float32)
-    loss[: len(prompt)] = 0
-    if thought is None and mask_empty_block:
-        loss[len(prompt) : len(prompt) + 2] = 0
-    return prompt + reply, loss
+    turns, shown = sample.turns, np.cumsum([0, *(len(turn.images) for turn in sample.turns)])
+    prompts = [
+        prompt_ids(tokenizer, turns[: k + 1], image_tokens[: shown[k + 1]], sample.system)
+        for k in range(len(turns))
+    ]
+    whole, done = prompts[-1], 0
+    pieces = []  # (ids, first position, branch, first predecessor, loss)
+    last = 0  # place of the last token that all see
+    for k, (turn, prompt) in enumerate(zip(turns, prompts)):
+        if prompt[:-1] != whole[: len(prompt) - 1]:
+            raise ValueError("the chat template shows a turn differently once others follow it")
+        final = k == len(turns) - 1
+        ids = whole[done:] if final else whole[done : len(prompt) - 1]
+        pieces.append((ids, done, 0, last, np.zeros(len(ids))))
+        last = sum(len(piece[0]) for piece in pieces) - 1
+        done += len(ids)
+        reply = reply_ids(tokenizer, turn.answer, turn.thought)
+        loss = np.ones(len(reply))
+        if turn.thought is None and mask_empty_block:
+            loss[:2] = 0
+        if not final:
+            reply, loss = [tokenizer.think_id, *reply], np.append(0, loss)
+        pieces.append((reply, done, 0 if final else k + 1, last, loss))
+    return _joined(pieces)
+
+
+def _joined(pieces) -> Rendered:
+    """Pieces one after another, each with its first token's position and predecessor."""
+    starts = np.cumsum([0, *(len(ids) for ids, *_ in pieces)])
+    columns = []
+    for start, (ids, position, branch, before, loss) in zip(starts, pieces):
+        count = np.arange(len(ids))
+        predecessors = start + count - 1
+        predecessors[:1] = before
+        columns.append((ids, position + count, np.full(len(ids), branch), predecessors, loss))
+    return Rendered(
+        *(np.concatenate(column).astype(np.int32) for column in list(zip(*columns))[:-1]),
+        np.concatenate([column[-1] for column in columns]).astype(np.float32),
+    )
 
 
 def split_reply(tokenizer: Tokenizer, ids) -> Reply:

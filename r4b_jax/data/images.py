@@ -6,33 +6,70 @@ tile each. Padding is left out again, a grid over budget is scaled down bilinear
 features ends in the learned newline. All of that is arithmetic on indices, done here on the host:
 the device gathers up to four feature rows a token and adds them up by their weights.
 
+A picture's plan depends on its size alone, which its header tells; pixels are decoded when they
+are asked for, so a batch can be packed before any of its pictures is.
+
 Pixels equal those of transformers' `LlavaOnevisionImageProcessorPil`, counts those of its
 processor.
 """
 
+import contextlib
+import dataclasses
 import io
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from r4b_jax.config import VisionConfig
+from r4b_jax.data.samples import RecordError
 
+ORIENTATION = 0x0112  # the EXIF tag
 NEWLINE = -1  # in a plan's index: the newline, wherever the batch keeps it
 
 
-class ImageError(ValueError):
+class ImageError(RecordError):
     """A picture that cannot be used; the message names it."""
 
 
-class Prepared(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Prepared:
     """One picture, ready for the sequence."""
 
-    tiles: np.ndarray  # uint8[i, image_size, image_size, 3]
+    source: Any
+    size: tuple[int, int]  # height, width
+    grid: tuple[int, int] | None  # rows and columns of tiles after the base tile; None = base alone
+    square: bool  # the base tile is padded to a square, not stretched
     index: np.ndarray  # int32[n, 4], into this picture's own i*P patches, or NEWLINE
     weight: np.ndarray  # float32[n, 4]
+    vision: VisionConfig
+
+    @property
+    def num_tiles(self) -> int:
+        return 1 + (math.prod(self.grid) if self.grid else 0)
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """uint8[num_tiles, image_size, image_size, 3]. Raises ImageError as `read` does."""
+        size = self.vision.image_size
+        out = np.zeros((self.num_tiles, size, size, 3), np.uint8)
+        self.draw(out)
+        return out
+
+    def draw(self, out: np.ndarray):
+        """Decode into `out`, which is as `tiles` and black. Raises ImageError as `read` does."""
+        picture, side = read(self.source), self.vision.image_size
+        if (picture.height, picture.width) != self.size:
+            name = _name(self.source)
+            raise ImageError(f"the image {name} is not as large as its header says: {picture.size}")
+        if self.grid:
+            _draw_grid(out[1:], picture, self.grid)
+        elif self.square:
+            picture = _square(picture, self.vision)
+        out[0] = _resize(picture, side, side)
 
 
 def read(source) -> Image.Image:
@@ -40,34 +77,62 @@ def read(source) -> Image.Image:
     in RGB.
 
     As transformers' `load_image`: turned as its EXIF says, palettes and greys to RGB, transparency
-    dropped, the first frame of an animation.
+    dropped, the first frame of an animation, greys of 16 bits cut off at 255.
 
     Raises:
       ImageError: no such file, or not a picture; the message names it.
     """
-    name = source if isinstance(source, (str, os.PathLike)) else f"<{type(source).__name__}>"
-    try:
+    with _told(source):
         if isinstance(source, np.ndarray):
             return Image.fromarray(source).convert("RGB")
-        if isinstance(source, (bytes, bytearray)):
-            source = Image.open(io.BytesIO(source))
-        elif not isinstance(source, Image.Image):
-            source = Image.open(source)
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return ImageOps.exif_transpose(_open(source)).convert("RGB")
+
+
+def size(source) -> tuple[int, int]:
+    """(height, width) of what `read` gives, from the header alone. Raises ImageError as it does."""
+    with _told(source):
+        if isinstance(source, np.ndarray):
+            return source.shape[0], source.shape[1]
+        picture = _open(source)
+        width, height = picture.size
+        # Where a PNG does not begin with its EXIF, Pillow would decode it all to look for one.
+        exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
+        return (width, height) if exif.get(ORIENTATION, 1) >= 5 else (height, width)
+
+
+def _open(source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+
+
+def _name(source) -> str:
+    named = isinstance(source, (str, os.PathLike))
+    return os.fspath(source) if named else f"<{type(source).__name__}>"
+
+
+@contextlib.contextmanager
+def _told(source):
+    """Whatever a broken file makes Pillow raise, as an ImageError that names it."""
+    try:
+        yield
     except FileNotFoundError:
-        raise ImageError(f"there is no image file {name}") from None
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read the image {name}: {error}") from None
+        raise ImageError(f"there is no image file {_name(source)}") from None
+    except Exception as error:  # Pillow's readers raise all kinds: struct.error, IndexError ...
+        raise ImageError(f"cannot read the image {_name(source)}: {error}") from None
 
 
-def prepare(sources: list, vision: VisionConfig) -> list[Prepared]:
+def prepare(sources: Sequence, vision: VisionConfig) -> list[Prepared]:
     """The pictures of one prompt, in order. Raises ImageError as `read` does."""
-    pictures = [read(source) for source in sources]
-    if not vision.grid_pinpoints:
-        return [_single(picture, vision, newline=False) for picture in pictures]
-    if len(pictures) == 1:
-        return [_any_resolution(pictures[0], vision)]
-    return [_single(_square(picture, vision), vision, newline=True) for picture in pictures]
+    sizes = [size(source) for source in sources]
+    if len(sources) == 1 and vision.grid_pinpoints:
+        return [_any_resolution(sources[0], sizes[0], vision)]
+    newline = bool(vision.grid_pinpoints)
+    rows = np.arange(vision.num_patches)
+    plan = _plain_plan(np.append(rows, NEWLINE) if newline else rows)
+    return [
+        Prepared(source, size, None, newline, *plan, vision) for source, size in zip(sources, sizes)
+    ]
 
 
 def best_resolution(size: tuple[int, int], pinpoints) -> tuple[int, int]:
@@ -87,13 +152,6 @@ def _resize(picture: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _single(picture: Image.Image, vision: VisionConfig, *, newline: bool) -> Prepared:
-    """The whole picture as one tile, whatever its proportions."""
-    tiles = _resize(picture, vision.image_size, vision.image_size)[None]
-    rows = np.arange(vision.num_patches)
-    return Prepared(tiles, *_plain_plan(np.append(rows, NEWLINE) if newline else rows))
-
-
 def _square(picture: Image.Image, vision: VisionConfig) -> Image.Image:
     """Padded to a square with the mean colour, the picture in the middle."""
     side = max(picture.size)
@@ -102,24 +160,30 @@ def _square(picture: Image.Image, vision: VisionConfig) -> Image.Image:
     return canvas
 
 
-def _any_resolution(picture: Image.Image, vision: VisionConfig) -> Prepared:
-    """Base tile and grid; the picture in the middle of the grid, black around it."""
-    size = vision.image_size
-    target = best_resolution((picture.height, picture.width), vision.grid_pinpoints)
+def _any_resolution(source, size: tuple[int, int], vision: VisionConfig) -> Prepared:
+    """Base tile and grid."""
+    target = best_resolution(size, vision.grid_pinpoints)
+    grid = target[0] // vision.image_size, target[1] // vision.image_size
+    base = _plain_plan(np.arange(vision.num_patches))
+    plan = (np.concatenate(pair) for pair in zip(base, _grid_plan(size, grid, vision)))
+    return Prepared(source, size, grid, False, *plan, vision)
+
+
+def _draw_grid(out: np.ndarray, picture: Image.Image, grid: tuple[int, int]):
+    """The tiles of a grid, row by row; the picture in its middle, black around it."""
+    size = out.shape[1]
+    target = grid[0] * size, grid[1] * size
     scale = target[0] / picture.height, target[1] / picture.width
     if scale[1] < scale[0]:
         inner = min(math.ceil(picture.height * scale[1]), target[0]), target[1]
     else:
         inner = target[0], min(math.ceil(picture.width * scale[0]), target[1])
-    canvas = np.zeros((*target, 3), np.uint8)
+    scaled = _resize(picture, *inner)
     top, left = (target[0] - inner[0]) // 2, (target[1] - inner[1]) // 2
-    canvas[top : top + inner[0], left : left + inner[1]] = _resize(picture, *inner)
-    grid = target[0] // size, target[1] // size
-    parts = canvas.reshape(grid[0], size, grid[1], size, 3).swapaxes(1, 2)
-    tiles = np.concatenate([_resize(picture, size, size)[None], parts.reshape(-1, size, size, 3)])
-    plan = _grid_plan((picture.height, picture.width), grid, vision)
-    base = _plain_plan(np.arange(vision.num_patches))
-    return Prepared(tiles, *(np.concatenate(pair) for pair in zip(base, plan)))
+    for tile, (row, column) in zip(out, np.ndindex(grid)):
+        y, x = row * size - top, column * size - left  # of the tile's corner in the picture
+        part = scaled[max(y, 0) : max(y + size, 0), max(x, 0) : max(x + size, 0)]
+        tile[max(-y, 0) :, max(-x, 0) :][: part.shape[0], : part.shape[1]] = part
 
 
 def _plain_plan(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

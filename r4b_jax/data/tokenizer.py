@@ -30,12 +30,13 @@ class Tokenizer:
     Args:
       text: the JSON of a `tokenizers` tokenizer (the content of tokenizer.json).
       image_id: the id that stands for a picture's features; None = that of `<image>`.
+      template: the checkpoint's chat template; None = data/conversation.py's own.
     Raises:
       ValueError: a control token is missing, or a newline pair is not a single token (the mode is
         decided by one token, PAPER.md section 1).
     """
 
-    def __init__(self, text: str, image_id: int | None = None):
+    def __init__(self, text: str, image_id: int | None = None, template: str | None = None):
         spec = json.loads(text)
         self._added = {t["content"]: t["id"] for t in spec["added_tokens"]}
         missing = [name for name in NEEDED if name not in self._added]
@@ -47,7 +48,7 @@ class Tokenizer:
             raise ValueError(f"the tokenizer lacks the control tokens {missing}")
         self._full = tokenizers.Tokenizer.from_str(text)
         self._text = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
-        self.json = text
+        self.json, self.template = text, template
         self.pad_id, self.image_id = self.control(PAD), image_id
         self.image_name = next(n for n, i in self._added.items() if i == image_id)
         self.end_id = self.control("<|im_end|>")

@@ -16,7 +16,8 @@ split. Topics:
     words       (training)     what easy-VQA asks, with the shape as words
     facts       (training)     single sums, differences, products and remainders
 
-Nothing in a question tells whether its training sample thinks: that is drawn apart (`thinks`).
+A question comes with its working, and says nothing of whether its training sample thinks: that is
+for the mixture to decide, or for curation.
 """
 
 import functools
@@ -28,7 +29,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from r4b_jax.config import WorldConfig
-from r4b_jax.data.examples import Question
+from r4b_jax.data.samples import Sample
 from r4b_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 TOPICS = {
@@ -38,6 +39,7 @@ TOPICS = {
     "arithmetic": "reasoning",
     "compare": "unrewarded",
 }
+TRAINING_TOPICS = ("caption", "text", "words", "facts")
 ROWS = ("top", "middle", "bottom")
 PLACES = ("first", "second", "third")
 DIGIT, PICTURE = 16, 48  # pixels a side of a digit and of a picture
@@ -245,6 +247,8 @@ class World:
       split: "train" (pictures with noise, shifts and flips) or "test" (as they are).
     """
 
+    topics = (*TOPICS, *TRAINING_TOPICS)
+
     def __init__(self, config: WorldConfig, split: str):
         self.config, self.split, self.train = config, split, split == "train"
         self.shapes, self.shape_questions, self.captions = _easy_vqa(split)
@@ -252,19 +256,21 @@ class World:
         for place, (text, answer, _) in enumerate(self.shape_questions):
             self.shape_kinds[_kind(text, answer)].append(place)
 
-    def question(self, topic: str, rng: np.random.Generator) -> Question:
+    def question(self, topic: str, rng: np.random.Generator) -> Sample:
         """One question of a topic. Raises KeyError for a topic this world does not have."""
         if topic == "vqa":
             text, answer, picture = self._shape_question(rng, KIND_WEIGHTS)
             trace = self.captions.get(picture, "a shape")
-            return Question(topic, self._shape(picture, rng), text, answer, trace)
+            return Sample.ask(topic, self._shape(picture, rng), text, answer, trace)
         if topic == "caption" and rng.random() < 0.6:
             picture = list(self.captions)[rng.integers(len(self.captions))]
             caption = self.captions[picture]
-            return Question(topic, self._shape(picture, rng), "Describe the picture.", caption, "")
+            return Sample.ask(
+                topic, self._shape(picture, rng), "Describe the picture.", caption, ""
+            )
         if topic == "facts":
             text, answer, trace = _facts(rng)
-            return Question(topic, None, text, answer, trace)
+            return Sample.ask(topic, None, text, answer, trace)
         grid = rng.integers(0, 10, (3, 3))
         if topic == "arithmetic":
             text, answer, trace = _maths(rng, grid)
@@ -274,14 +280,14 @@ class World:
             if caption is None:
                 return self.question(topic, rng)
             text = f"{_shape_text(rng, caption)}\n{text}"
-            return Question(topic, None, text, answer, "")  # known at once
+            return Sample.ask(topic, None, text, answer, "")  # known at once
         elif topic == "text":
             text, answer, trace = (_ocr, _compare, _describe)[rng.integers(3)](rng, grid)
         else:
             make = {"ocr": _ocr, "maths": _maths, "compare": _compare, "caption": _describe}[topic]
             text, answer, trace = make(rng, grid)
-            return Question(topic, self._digits(grid, rng), text, answer, trace)
-        return Question(topic, None, f"{_digits_text(grid)}\n{text}", answer, trace)
+            return Sample.ask(topic, self._digits(grid, rng), text, answer, trace)
+        return Sample.ask(topic, None, f"{_digits_text(grid)}\n{text}", answer, trace)
 
     def _shape_question(self, rng, weights: dict[str, float]) -> tuple[str, str, int]:
         """One of easy-VQA's questions; for training by kind: five of six of its yes/no questions
@@ -290,14 +296,6 @@ class World:
             return self.shape_questions[rng.integers(len(self.shape_questions))]
         places = self.shape_kinds[rng.choice(list(weights), p=list(weights.values()))]
         return self.shape_questions[places[rng.integers(len(places))]]
-
-    def thinks(self, topic: str, rng: np.random.Generator) -> bool:
-        """Whether a bi-mode training sample carries its trace; the question has no say."""
-        if TOPICS.get(topic) == "non-reasoning":
-            share = self.config.think_share_non_reasoning
-        else:
-            share = self.config.think_share_reasoning
-        return bool(rng.random() < share)
 
     def _digits(self, grid, rng) -> np.ndarray:
         """A picture uint8[48, 48, 3] of nine handwritten digits, light on dark."""
@@ -334,7 +332,8 @@ def corpus(config: WorldConfig, num_texts: int = 4000) -> list[str]:
     for i in range(num_texts):
         rng = np.random.default_rng((448, i))
         question = world.question((*TOPICS, "caption", "facts")[i % 7], rng)
-        texts += [question.text, "\n" + question.trace + "\n", "\n\n" + question.answer]
+        thought = question.last.thought or ""
+        texts += [question.question, "\n" + thought + "\n", "\n\n" + question.answer]
     return texts + ["user ", "user\n", "assistant\n"] * 100
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from r4b_jax.common import checkpoint
 from r4b_jax.config import Config, ModelConfig, from_config_dict
-from r4b_jax.data import conversation, dialogue, images
-from r4b_jax.data.conversation import Turn
-from r4b_jax.data.examples import Example, encode
+from r4b_jax.data import dialogue
+from r4b_jax.data.examples import Example, encode_prompt
+from r4b_jax.data.samples import PLACE, Sample, Turn
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.decoding.generate import Ids, advance, forced_array, p_think, start
 from r4b_jax.decoding.prompts import pad_prompts
@@ -46,18 +46,16 @@ class Piece:
 
 
 class Model:
-    """Weights, tokenizer and template. Made by `load`."""
+    """Weights and tokenizer. Made by `load`."""
 
     def __init__(
         self,
         config: ModelConfig,
         params: dict,
         tokenizer: Tokenizer,
-        template: str | None,
         limit: int,
     ):
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.template, self.limit = template, limit
+        self.config, self.params, self.tokenizer, self.limit = config, params, tokenizer, limit
         self.ids = Ids.of(tokenizer)
 
     def chat(self, question: str, images=(), mode: str = "auto", **settings) -> Reply:
@@ -113,15 +111,11 @@ class Model:
 
     def prompt(self, turns: list[tuple[str, list, str | None]]) -> Example:
         """(question, pictures, answer) turn by turn -> the prompt up to `<think>`."""
-        shown = [picture for _, pictures, _ in turns for picture in pictures]
-        pictures = images.prepare(shown, self.config.vision)  # of one prompt, whatever the turn
-        lengths = iter(len(picture.index) for picture in pictures)
-        counted = [
-            Turn(question, tuple(next(lengths) for _ in some), answer)
-            for question, some, answer in turns
-        ]
-        ids = conversation.prompt_ids(self.tokenizer, counted, self.template)
-        return encode(self.tokenizer, self.config.vision, ids, np.zeros(len(ids)), pictures)
+        made = tuple(
+            Turn(question.replace(PLACE, ""), tuple(pictures), answer or "")
+            for question, pictures, answer in turns
+        )
+        return encode_prompt(self.tokenizer, self.config.vision, Sample("chat", made))
 
     def _forced(self, mode: str, think_bias: float) -> list[int]:
         if mode not in MODE_NAMES:
@@ -233,27 +227,27 @@ def _load_stage(path: str, dtype: str | None) -> Model:
     """From the newest checkpoint of a stage; settings and tokenizer lie in the work folder."""
     work, config = os.path.join(path, ".."), run_of(path)
     if config.init_from:
-        tokenizer, template, limit = talk(os.path.join(config.init_from, checkpoint.ORIGINALS))
+        tokenizer, limit = talk(os.path.join(config.init_from, checkpoint.ORIGINALS))
     else:
-        tokenizer, template = Tokenizer(released.read_text(work, "tokenizer.json")), None
+        tokenizer = Tokenizer(released.read_text(work, "tokenizer.json"))
         limit = config.generate.prompt_len + config.generate.max_new_tokens
     stage = checkpoint.StageCheckpoints(path)
     if stage.latest is None:
         raise CheckpointError(f"{path} holds no checkpoint")
     model = dataclasses.replace(config.model, compute_dtype=dtype or config.model.compute_dtype)
-    return Model(model, jax.device_put(stage.restore_params()), tokenizer, template, limit)
+    return Model(model, jax.device_put(stage.restore_params()), tokenizer, limit)
 
 
-def talk(folder: str) -> tuple[Tokenizer, str | None, int]:
-    """Tokenizer, chat template and context length of a Hugging Face folder."""
+def talk(folder: str) -> tuple[Tokenizer, int]:
+    """Tokenizer with the chat template, and context length, of a Hugging Face folder."""
     config = released.read_json(folder, "config.json")
     text = released.read_text(folder, "tokenizer.json")
     if text is None:
         raise CheckpointError(f"{folder} has no tokenizer.json")
     image_id = config.get("image_token_index", config.get("image_token_id"))
     try:
-        tokenizer = Tokenizer(text, image_id)
+        tokenizer = Tokenizer(text, image_id, released.template_of(folder))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     limit = config.get("text_config", {}).get("max_position_embeddings", 32768)
-    return tokenizer, released.template_of(folder), limit
+    return tokenizer, limit

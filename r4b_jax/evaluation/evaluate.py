@@ -11,8 +11,9 @@ from r4b_jax.common import processes, sharding
 from r4b_jax.common.metrics import Progress
 from r4b_jax.config import Config
 from r4b_jax.data import dialogue
-from r4b_jax.data.examples import Question, encode_prompt
-from r4b_jax.data.loader import stream_seed
+from r4b_jax.data.examples import encode_prompt
+from r4b_jax.data.mixture import stream_seed
+from r4b_jax.data.samples import Sample
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.data.worlds import TOPICS, World
 from r4b_jax.decoding.generate import Ids, for_generation, forced_array, generate, p_think
@@ -24,14 +25,14 @@ from r4b_jax.decoding.sampling import Sampling
 class Record:
     """One question answered in one mode."""
 
-    question: Question
+    question: Sample
     mode: str
     reply: dialogue.Reply
     correct: bool
     p_think: float  # P(thinking token) against the direct token, after <think>
 
 
-def test_questions(config: Config, count: int) -> list[Question]:
+def test_questions(config: Config, count: int) -> list[Sample]:
     """`count` test questions of each topic, a function of the seed alone."""
     world, questions = World(config.world, "test"), []
     for topic in TOPICS:
@@ -44,7 +45,7 @@ def evaluate(
     config: Config,
     params: dict,
     tokenizer: Tokenizer,
-    questions: list[Question],
+    questions: list[Sample],
     modes=dialogue.MODES,
     title: str = "evaluate",
 ) -> list[Record]:
@@ -114,11 +115,11 @@ def _summary(rows: list[Record]) -> dict:
 
 
 def evaluate_once(config: Config, params: dict, tokenizer: Tokenizer, workdir: str, when: str):
-    """The full evaluation, unless it is there already: `workdir`/evaluation/<when>.json, and its
-    records as <when>.jsonl."""
+    """The full evaluation, unless it is there already or `config.eval_questions` is 0:
+    `workdir`/evaluation/<when>.json, and its records as <when>.jsonl."""
     folder = os.path.join(workdir, "evaluation")
     summary_path = os.path.join(folder, f"{when}.json")
-    if os.path.exists(summary_path):
+    if os.path.exists(summary_path) or not config.eval_questions:
         return
     questions = test_questions(config, config.eval_questions)
     records = evaluate(config, params, tokenizer, questions, title=f"evaluate {when}")
@@ -145,7 +146,7 @@ def _as_json(record: Record) -> dict:
     return {
         "topic": record.question.topic,
         "mode": record.mode,
-        "question": record.question.text,
+        "question": record.question.question,
         "reference": record.question.answer,
         "thought": record.reply.thought,
         "answer": record.reply.answer,

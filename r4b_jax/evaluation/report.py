@@ -166,10 +166,10 @@ def _samples(config: Config, workdir: str) -> list[dict]:
         if seen[record["topic"]] > SAMPLES_A_TOPIC:
             continue
         record["picture"] = None
-        if question.image is not None:
+        if question.images:
             record["picture"] = f"samples/{record['topic']}-{seen[record['topic']]}.png"
-            size = [3 * s for s in question.image.shape[1::-1]]
-            picture = Image.fromarray(question.image).resize(size, Image.Resampling.NEAREST)
+            size = [3 * s for s in question.images[0].shape[1::-1]]
+            picture = Image.fromarray(question.images[0]).resize(size, Image.Resampling.NEAREST)
             picture.save(os.path.join(workdir, record["picture"]))
         samples.append(record)
     return samples

@@ -8,7 +8,6 @@ advantages over the merged group; update on clipped ratios with a KL to the anne
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import time
 
@@ -18,12 +17,12 @@ import numpy as np
 
 from r4b_jax.common import processes, sharding
 from r4b_jax.common.checkpoint import StageCheckpoints
-from r4b_jax.common.metrics import MetricWriter, Progress, Trace, warn
+from r4b_jax.common.metrics import MetricWriter, Progress, StepLog, Trace, warn
 from r4b_jax.config import Config
-from r4b_jax.data.examples import Question
-from r4b_jax.data.loader import pick_topic, stream_seed
+from r4b_jax.data.examples import Example, encode_prompt
+from r4b_jax.data.mixture import queries, stream_seed
+from r4b_jax.data.samples import RecordError, Sample, SetAside
 from r4b_jax.data.tokenizer import Tokenizer
-from r4b_jax.data.worlds import World
 from r4b_jax.decoding.generate import p_think
 from r4b_jax.evaluation.evaluate import evaluate, summarize, test_questions
 from r4b_jax.models.layers import cast_kernels
@@ -41,6 +40,7 @@ from r4b_jax.rl.update import make_update, reference_pass, trained_names, update
 from r4b_jax.training.optimizer import bpo_optimizer
 from r4b_jax.training.step import TrainState, init_state
 
+MAX_SET_ASIDE = 1000  # samples in a row: then something is wrong with all of them
 TRACED_FROM = 3  # steps after the first one: by then all is compiled
 
 
@@ -59,8 +59,9 @@ def run_bpo(
     checkpoints = StageCheckpoints(os.path.join(workdir, "bpo"))
     names = trained_names(config.bpo)
     state = init_state(reference, bpo_optimizer(config.bpo), names)
+    data = {"position": 0, "set_aside": 0}
     if checkpoints.latest is not None:
-        state, _ = checkpoints.restore(state)
+        state, data = checkpoints.restore(state)
     if int(state.step) < config.bpo.num_steps:
         # Of the reference that is kept which is computed with, if anything is; what is frozen is
         # the policy's own. The update donates what is trained, so it must not be shared.
@@ -72,24 +73,23 @@ def run_bpo(
             sharding.release({name: reference[name] for name in names})
         state = TrainState(state.step, frozen | own, state.opt_state)
         trace = Trace(os.path.join(workdir, "trace"), int(state.step) + TRACED_FROM, trace_steps)
-        state = _train(config, state, cast | frozen, tokenizer, checkpoints, workdir, trace)
+        state = _train(config, state, cast | frozen, tokenizer, checkpoints, workdir, trace, data)
     checkpoints.close()
     return state.params
 
 
-def _train(config, state, reference, tokenizer, checkpoints, workdir, trace) -> TrainState:
+def _train(config, state, reference, tokenizer, checkpoints, workdir, trace, data) -> TrainState:
     """The loop itself, from state.step to bpo.num_steps."""
     bpo, first = config.bpo, int(state.step)
     writer, faults = MetricWriter(workdir, "bpo", first), FaultLog(workdir, first)
-    world = World(config.world, "train")
+    drawn = Queries(config, tokenizer, workdir, first, **data)
     parts = make_update(config, tuple(tokenizer.never_sampled))
     questions = test_questions(config, bpo.eval_questions)
     key = jax.random.key(stream_seed(config.seed, "bpo/rollouts"))
 
     def launch(step: int) -> Rollouts:
-        queries = draw_queries(config, world, step)
         step_key = jax.random.fold_in(key, step)
-        return launch_rollouts(config, state.params, tokenizer, queries, step_key)
+        return launch_rollouts(config, state.params, tokenizer, drawn.draw(step), step_key)
 
     progress = Progress("bpo", bpo.num_steps, first)
     graded = bpo.rewards if processes.is_first() else {}  # the others are told
@@ -123,12 +123,14 @@ def _train(config, state, reference, tokenizer, checkpoints, workdir, trace) -> 
             clock.lap("update")
             metrics |= rollout_metrics(rollouts, rewards, advantages)
             metrics |= clock.metrics(rollouts, batches) | {"reward_faults": faults.count}
+            metrics["set_aside"] = drawn.set_aside
             writer.write(step, metrics)
             progress.advance(reward=metrics["reward/mean"], p_think=metrics["p_think"])
             if step % bpo.eval_every == 0 or last:
                 _small_evaluation(config, state.params, tokenizer, questions, writer, step)
             if saves:
-                checkpoints.save(state, {"position": step * bpo.num_queries})
+                counters = {"position": drawn.position, "set_aside": drawn.set_aside}
+                checkpoints.save(state, counters)
     return state
 
 
@@ -159,14 +161,7 @@ class FaultLog:
     """Every reply that got no reward though its topic has one: `workdir`/reward_faults.jsonl."""
 
     def __init__(self, workdir: str, resume_step: int):
-        path = os.path.join(workdir, "reward_faults.jsonl")
-        self.path, self.count = path if processes.is_first() else os.devnull, 0
-        kept = []
-        if os.path.exists(self.path) and resume_step:
-            with open(self.path, encoding="utf-8") as f:
-                kept = [x for x in f if x.endswith("\n") and json.loads(x)["step"] <= resume_step]
-        with open(self.path, "w", encoding="utf-8") as f:
-            f.writelines(kept)
+        self.log, self.count = StepLog(workdir, "reward_faults.jsonl", "bpo", resume_step), 0
 
     def write(
         self, step: int, rollouts: Rollouts, rewards: np.ndarray, faults: list[Fault]
@@ -174,32 +169,81 @@ class FaultLog:
         """Write down a step's faults, and give its rewards the shape [Q, R]."""
         self.count = len(faults)
         if faults:
-            warn(f"bpo, step {step}: {len(faults)} replies without reward, see {self.path}")
-        with open(self.path, "a", encoding="utf-8") as f:
-            for fault in faults:
-                query, number = divmod(fault.index, len(rollouts.modes))
-                record = {"step": step, "query": query, "rollout": number, "kind": fault.kind}
-                record |= {"message": fault.message, "topic": rollouts.questions[query].topic}
-                record |= {"question": rollouts.questions[query].text[:2000]}
-                record |= {"answer": rollouts.replies[query][number].answer[:2000]}
-                f.write(json.dumps(record) + "\n")
+            warn(f"bpo, step {step}: {len(faults)} replies without reward, see {self.log.path}")
+        records = []
+        for fault in faults:
+            query, number = divmod(fault.index, len(rollouts.modes))
+            question = rollouts.questions[query]
+            record = {"query": query, "rollout": number, "kind": fault.kind, "id": question.id}
+            record |= {"message": fault.message, "topic": question.topic}
+            record |= {"question": question.question[:2000]}
+            record |= {"answer": rollouts.replies[query][number].answer[:2000]}
+            records.append(record)
+        self.log.write(step, records)
         return rewards.reshape(len(rollouts.questions), len(rollouts.modes))
 
 
-def draw_queries(config: Config, world: World, step: int) -> list[Question]:
-    """The queries of a step: query i is a function of (seed, step, i)."""
-    bpo, seed = config.bpo, stream_seed(config.seed, "bpo/queries")
-    queries = []
-    for i in range(bpo.num_queries):
-        rng = np.random.default_rng((seed, step, i))
-        queries.append(world.question(pick_topic(bpo.topics, rng), rng))
-    return queries
+class Queries:
+    """The queries of the steps, one after another.
+
+    Attributes:
+      position: how many samples of the stream were looked at.
+      set_aside: how many of them could not be asked; they stand in `workdir`/set_aside.jsonl.
+    """
+
+    def __init__(self, config: Config, tokenizer, workdir, resume_step, position, set_aside):
+        self.config, self.tokenizer = config, tokenizer
+        bpo = config.bpo
+        args = (bpo.sources, bpo.topics, "bpo", workdir)
+        self.stream = queries(config, *args, endless=True)
+        self.log = StepLog(workdir, "set_aside.jsonl", "bpo", resume_step)
+        self.position, self.set_aside = position, set_aside
+
+    def draw(self, step: int) -> list[tuple[Sample, Example]]:
+        """The queries of a step with their prompts; those set aside are replaced by the next.
+
+        Raises:
+          RecordError: hardly any sample can be asked.
+        """
+        found, aside = [], []
+        while len(found) < self.config.bpo.num_queries:
+            sample = self.stream[self.position]
+            self.position += 1
+            query = self._encoded(sample)
+            if not isinstance(query, SetAside):
+                found.append(query)
+                continue
+            aside.append(query)
+            if len(aside) == MAX_SET_ASIDE:
+                raise RecordError(
+                    f"bpo, step {step}: {len(aside)} samples in a row cannot be asked, the last "
+                    f"one because: {query.id}: {query.reason}"
+                )
+        self.set_aside += len(aside)
+        self.log.write(step, [dataclasses.asdict(one) for one in aside])
+        return found
+
+    def _encoded(self, sample: Sample | SetAside) -> tuple[Sample, Example] | SetAside:
+        if isinstance(sample, SetAside):
+            return sample
+        bpo, longest = self.config.bpo, self.config.generate.prompt_len
+        try:
+            prompt = encode_prompt(self.tokenizer, self.config.model.vision, sample)
+        except ValueError as error:  # a RecordError, or what the chat template refuses
+            return SetAside(sample.id, str(error))
+        if len(prompt.tokens) <= longest and prompt.num_tiles <= bpo.packed_tiles:
+            return sample, prompt
+        return SetAside(
+            sample.id,
+            f"the prompt takes {len(prompt.tokens)} tokens and {prompt.num_tiles} tiles, beyond "
+            f"generate.prompt_len = {longest} or bpo.packed_tiles = {bpo.packed_tiles}",
+        )
 
 
 def answered(rollouts: Rollouts) -> list[Answered]:
     """Every reply as its reward sees it, query by query."""
     return [
-        Answered(question.topic, question.text, question.answer, reply.answer, reply.thought)
+        Answered(question.topic, question.question, question.answer, reply.answer, reply.thought)
         for question, replies in zip(rollouts.questions, rollouts.replies, strict=True)
         for reply in replies
     ]
@@ -235,7 +279,10 @@ def rollout_metrics(rollouts: Rollouts, rewards: np.ndarray, advantages: np.ndar
 
 
 def _small_evaluation(config, params, tokenizer, questions, writer, step):
-    """Think rate and accuracy of each topic in auto mode, for figures 8 and 9."""
+    """Think rate and accuracy of each topic in auto mode, for figures 8 and 9; none without
+    questions."""
+    if not questions:
+        return
     records = evaluate(config, params, tokenizer, questions, ("auto",), title="bpo evaluation")
     values = {}
     for topic, modes in summarize(records).items():

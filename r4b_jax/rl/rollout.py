@@ -22,7 +22,8 @@ from r4b_jax.common import processes, sharding
 from r4b_jax.common.arrays import Array, Batch
 from r4b_jax.config import BPOConfig, Config
 from r4b_jax.data import dialogue
-from r4b_jax.data.examples import Example, Question, empty_batch, encode_prompt, place
+from r4b_jax.data.examples import Example, empty_batch, place
+from r4b_jax.data.samples import Sample
 from r4b_jax.data.tokenizer import Tokenizer
 from r4b_jax.decoding.generate import Generation, Ids, for_generation, forced_array, generate
 from r4b_jax.decoding.prompts import pad_prompts
@@ -46,7 +47,7 @@ class RolloutBatch:
 class Rollouts:
     """R replies to each of Q questions."""
 
-    questions: list[Question]
+    questions: list[Sample]
     prompts: list[Example]
     modes: list[str]  # of the R columns, as forced
     generation: Generation  # numpy, once collected
@@ -61,14 +62,20 @@ def rollout_modes(bpo: BPOConfig) -> list[str]:
 
 
 def launch_rollouts(
-    config: Config, params: dict, tokenizer: Tokenizer, questions: list[Question], key: Array
+    config: Config,
+    params: dict,
+    tokenizer: Tokenizer,
+    queries: list[tuple[Sample, Example]],
+    key: Array,
 ) -> Rollouts:
     """Begin to answer each question 2g times with `params`; returns while the device computes.
 
+    Args:
+      queries: each question with its prompt.
     The replies are not there yet: `collect_rollouts` waits for them.
     """
     modes, sizes = rollout_modes(config.bpo), config.generate
-    prompts = [encode_prompt(tokenizer, config.model.vision, q) for q in questions]
+    questions, prompts = ([query[i] for query in queries] for i in range(2))
     patches = config.model.vision.num_patches
     work = (
         pad_prompts(prompts, sizes.prompt_len, tokenizer.pad_id, patches),
