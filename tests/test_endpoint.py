@@ -1,5 +1,6 @@
 """The client of OpenAI-compatible servers, against a real server that fails on purpose."""
 
+import asyncio
 import base64
 import collections
 import contextlib
@@ -169,6 +170,15 @@ def test_without_a_key_no_header_is_sent(server, make):
     """`Bearer ` with nothing behind is refused by some local servers."""
     make(key_variable="R4B_NO_SUCH_KEY").ask(asks("a"))
     assert "Authorization" not in server.seen[0][3]
+
+
+def test_a_notebook_can_ask_too(make):
+    """There an event loop runs already, and asyncio allows but one a thread."""
+
+    async def cell():
+        return make().ask(asks("x", "y"))
+
+    assert [answer.text for answer in asyncio.run(cell())] == ["re: x", "re: y"]
 
 
 def test_answers_keep_their_order_and_the_server_its_bound(server, make):

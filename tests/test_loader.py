@@ -3,17 +3,23 @@
 import dataclasses
 import io
 import json
+import re
 
 import grain
 import jax
 import numpy as np
 import pytest
+import rich.console
 from helpers import CONFIG, MODEL, assert_trees_close, one_a_row, picture
 from PIL import Image
 
 from r4b_jax import config as c
+from r4b_jax import main
+from r4b_jax.common import metrics
 from r4b_jax.common.checkpoint import StageCheckpoints
 from r4b_jax.common.metrics import read_metrics
+from r4b_jax.data import __main__ as front
+from r4b_jax.data import show
 from r4b_jax.data.examples import Packer, encode_sample, place_tiles
 from r4b_jax.data.loader import Loader, examples
 from r4b_jax.data.mixture import queries
@@ -251,3 +257,62 @@ def test_rows_are_nearly_full_on_a_realistic_mix(tokenizer):
     full = [(next(batches).batch.segment_ids > 0).mean() for _ in range(30)]
     batches.close()
     assert np.mean(full) > 0.95
+
+
+# Looking at it
+
+
+def test_inspect_shows_what_is_trained_on(folder, tokenizer, tmp_path, monkeypatch):
+    """What one looks at must be the batch itself: its texts, its tiles, and what it left out."""
+    seen = io.StringIO()
+    console = rich.console.Console(file=seen, width=200, force_terminal=True, highlight=False)
+    monkeypatch.setattr(metrics, "console", console)
+    monkeypatch.setattr(main, "tokenizer_of", lambda *_: tokenizer)
+    front.inspect(config_of(folder, epochs=1), "annealing", "", 1, 99, str(tmp_path / "tiles.png"))
+    plain = re.sub("\x1b\\[[0-9;]*m", "", seen.getvalue())
+    (packed, *_) = all_of(config_of(folder, epochs=1), tokenizer)
+    for row, one in show.segments(packed.batch):
+        assert f"row {row}, segment {one}:" in plain
+        assert show.segment(packed.batch, row, one, tokenizer).plain in plain
+    for aside in (*packed.set_aside, *packed.undecoded):
+        assert f"set aside: {aside.id}" in plain
+    assert "[4 tokens of a picture]" in plain and "mine/data.jsonl:6" in plain
+    counts = [show.num_tiles(packed.batch, row, MODEL.vision.num_patches) for row in range(2)]
+    with Image.open(tmp_path / "tiles.png") as drawn:
+        assert drawn.width == max(counts) * (128 + show.MARGIN) + show.MARGIN
+
+
+def test_colours_tell_what_carries_loss(tokenizer):
+    """Green where the loss is, yellow where the empty block of stage 3 is masked."""
+    turns = (Turn("one?", (picture(1),), "1"), Turn("two?", (), "2", "1+1=2"))
+    example = encode_sample(tokenizer, MODEL.vision, Sample("a", turns), mask_empty_block=True)
+    batch = one_a_row([example], len(example.tokens), tokenizer.pad_id)
+    text = show.segment(batch, 0, 1, tokenizer)
+    painted = [(text.plain[s.start : s.end], s.style) for s in text.spans]
+    assert ("\n\n</think>", show.MASKED) in painted and (
+        "[4 tokens of a picture]",
+        show.PICTURE,
+    ) in painted
+    assert ("\n\n1<|im_end|>", show.LEARNED) in painted
+    assert ("\n1+1=2\n</think>\n\n2<|im_end|>", show.LEARNED) in painted
+    learned = "".join(part for part, style in painted if style == show.LEARNED)
+    assert learned == "\n\n1<|im_end|>\n1+1=2\n</think>\n\n2<|im_end|>"
+
+
+def test_a_converted_source_gives_the_same_batches_and_tells_what_it_left_out(
+    folder, tokenizer, tmp_path, capsys
+):
+    """The fast file must be the data and nothing else."""
+    config = config_of(folder, epochs=1)
+    out = str(tmp_path / "mine.array_record")
+    front.convert(config, "mine", "", out)
+    captured = capsys.readouterr()
+    assert "mine/data.jsonl:6" in captured.err and "missing.png" in captured.err
+    assert "25 samples, 2 left out" in captured.out
+    packed = {"mine": c.SourceConfig(path=out)}
+    again = examples(dataclasses.replace(config, sources=packed), "annealing", tokenizer)[0]
+    stream = examples(config, "annealing", tokenizer)[0]
+    ids = {stream[i].id for i in range(len(stream))} - {"mine/missing.png"}
+    assert len(again) == 25 and {again[i].id for i in range(25)} == ids
+    with pytest.raises(c.ConfigError, match="one of: mine"):
+        front.convert(config, "mein", "", out)

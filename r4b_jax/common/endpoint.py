@@ -9,6 +9,7 @@ run asks what is still missing, whether the first one was killed or met faults.
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import email.utils
@@ -79,6 +80,16 @@ def _data_url(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
+def _complete(coroutine):
+    """Run it to its end; in a thread where the caller's has an event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 class Endpoint(contextlib.AbstractContextManager):
     """Asks the model that `config` names.
 
@@ -125,7 +136,7 @@ class Endpoint(contextlib.AbstractContextManager):
         """Answers in the order of `requests`, from the cache where it has them; blocks.
 
         Equal requests are sent once: a sampled answer would else differ between this run and one
-        that finds the cache filled. Not for several threads, nor inside a running event loop.
+        that finds the cache filled. Not for several threads.
 
         Args:
           progress: told by `advance(number)` as answers come, such as metrics.Progress.
@@ -142,7 +153,7 @@ class Endpoint(contextlib.AbstractContextManager):
         advance(len(keys) - len(missing))
         if missing:
             try:
-                asyncio.run(self._ask_all(missing, found, advance))
+                _complete(self._ask_all(missing, found, advance))
             except ExceptionGroup as group:  # one is enough to tell: mostly all are the same
                 raise group.exceptions[0] from None
         return [found[key] for key in keys]

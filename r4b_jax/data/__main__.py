@@ -25,10 +25,8 @@ _OUT = flags.DEFINE_string(
 )
 
 
-def inspect(config: Config, stage: str, workdir: str):
-    """Print the first batches of a stage, and write their tiles to a picture."""
-    import rich.table
-
+def inspect(config: Config, stage: str, workdir: str, batches: int, segments: int, out: str):
+    """Print the first batches of a stage, and write their tiles to the picture `out`."""
     from r4b_jax.common.metrics import console
     from r4b_jax.data import show
     from r4b_jax.data.loader import Loader
@@ -37,16 +35,12 @@ def inspect(config: Config, stage: str, workdir: str):
     loader = Loader(config, stage, tokenizer, workdir)
     settings, patches = getattr(config, stage), config.model.vision.num_patches
     console.print(
-        f"stage {stage}: rows of {settings.packed_len} tokens and "
-        f"{settings.packed_tiles} tiles, {settings.batch_rows} a batch"
+        f"stage {stage}: {settings.batch_rows} rows a batch, of {settings.packed_len} tokens and "
+        f"{settings.packed_tiles} tiles"
     )
     if settings.mixture:
-        table = rich.table.Table("topic", "direct", "thinking", box=None)
-        for topic, weights in sorted(settings.mixture.items()):
-            table.add_row(topic, *(f"{weight:g}" for weight in weights))
-        console.print(table)
-    for aside in loader.bad:
-        console.print(f"set aside: {aside.id}: {aside.reason}", style="red", markup=False)
+        console.print(show.mixture(settings))
+    _tell(loader.bad)
     console.print(show.legend())
     for number, packed in enumerate(loader.batches(), 1):
         batch = packed.batch
@@ -54,49 +48,56 @@ def inspect(config: Config, stage: str, workdir: str):
         console.print(show.counts(packed, patches))
         for row in range(len(batch.tokens)):
             console.print(f"{row:>4} ", show.bar(batch, row))
-        shown = [
-            (row, s) for row, ids in enumerate(batch.segment_ids) for s in range(1, ids.max() + 1)
-        ]
-        for row, s in shown[: _SEGMENTS.value]:
-            console.print(f"\nrow {row}, segment {s}:", style="dim")
-            console.print("     ", show.segment(batch, row, s, tokenizer))
-        for aside in (*packed.set_aside, *packed.undecoded):
-            console.print(f"set aside: {aside.id}: {aside.reason}", style="red", markup=False)
-        real = (batch.segment_ids > 0).mean()
-        console.print(f"\n{real:.1%} of the batch's slots hold tokens")
-        path = _OUT.value or os.path.join(workdir, "tiles.png")
-        path = path if number == 1 else f"-{number}".join(os.path.splitext(path))
+        for row, one in show.segments(batch)[:segments]:
+            console.print(f"\nrow {row}, segment {one}:", style="dim")
+            console.print(show.segment(batch, row, one, tokenizer))
+        _tell([*packed.set_aside, *packed.undecoded])
+        console.print(f"\n{(batch.segment_ids > 0).mean():.1%} of the batch's slots hold tokens")
+        path = out if number == 1 else f"-{number}".join(os.path.splitext(out))
         show.tiles_picture(batch, patches).save(path)
-        console.print(f"tiles: {path}")
-        if number == _BATCHES.value:
+        console.print(f"tiles: {path}", markup=False)
+        if number == batches:
             return
 
 
-def convert(config: Config, workdir: str):
-    """Write a source as `.array_record`; what cannot be read is told, and left out."""
-    from r4b_jax.common.metrics import Progress, warn
-    from r4b_jax.data.samples import RecordError
-    from r4b_jax.data.sources import Source, write_array_record
+def _tell(set_aside: list):
+    from r4b_jax.common.metrics import console
 
-    name, left_out = _SOURCE.value, 0
-    if name not in config.sources or not _OUT.value:
+    for aside in set_aside:
+        console.print(f"set aside: {aside.id}: {aside.reason}", style="red", markup=False)
+
+
+def convert(config: Config, name: str, workdir: str, out: str):
+    """Write the source `name` as the `.array_record` `out`; what cannot be read is told, and left
+    out.
+
+    Raises:
+      ConfigError: there is no such source.
+    """
+    from r4b_jax.common.metrics import Progress, warn
+    from r4b_jax.data.records import to_record
+    from r4b_jax.data.samples import RecordError
+    from r4b_jax.data.sources import Source, write_records
+
+    left_out = 0
+    if name not in config.sources or not out:
         known = ", ".join(config.sources) or "none"
         raise ConfigError(f"convert needs --out=FILE.array_record and --source, one of: {known}")
     source = Source(name, config.sources[name], workdir)
 
-    def samples():
+    def records():
         nonlocal left_out
         with Progress(f"convert {name}", len(source)) as progress:
             for i in range(len(source)):
                 try:
-                    yield source[i]
+                    yield to_record(source[i])
                 except RecordError as error:
                     left_out += 1
                     warn(f"{source.locate(i)}: {error}")
                 progress.advance()
 
-    write_array_record(samples(), _OUT.value)
-    print(f"{_OUT.value}: {len(source) - left_out} samples, {left_out} left out")
+    write_records(records(), out)
+    print(f"{out}: {len(source) - left_out} samples, {left_out} left out")
 
 
 def main(argv):
@@ -108,12 +109,14 @@ def main(argv):
         workdir = run.workdir_of(config)
         os.makedirs(workdir, exist_ok=True)
         if argv[1] == "convert":
-            return convert(config, workdir)
+            return convert(config, _SOURCE.value, workdir, _OUT.value)
         check(config)
         running = [name for name in STAGES if getattr(config, name).num_steps > 0]
         if not (_STAGE.value or running):
             raise ConfigError("no stage has steps; say --stage")
-        inspect(config, _STAGE.value or running[-1], workdir)
+        out = _OUT.value or os.path.join(workdir, "tiles.png")
+        stage = _STAGE.value or running[-1]
+        inspect(config, stage, workdir, _BATCHES.value, _SEGMENTS.value, out)
     except ConfigError as error:
         run.stop(error)
 

@@ -113,8 +113,7 @@ class Loader:
         return zip(itertools.count(counter), stream)
 
     def _pack(self, arriving, decoders, own, waiting: list, counter: int):
-        """The next (Packed, its pictures as they are decoded, what waits), or None where there is no
-        more."""
+        """The next (Packed, its pictures as they are decoded, what waits), or None: no more."""
         stage = self.stage
         shape = (stage.batch_rows, stage.packed_len, stage.packed_tiles)
         packer = Packer(*shape, self.vision, self.pad_id)

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw
 from rich.text import Text
 
 from r4b_jax.common.arrays import Batch
+from r4b_jax.config import StageConfig
 from r4b_jax.data.loader import Packed
 from r4b_jax.data.tokenizer import Tokenizer
 
@@ -26,6 +27,22 @@ def legend() -> Text:
         ", ",
         ("a picture", PICTURE),
     )
+
+
+def mixture(stage: StageConfig) -> rich.table.Table:
+    """What a stage's mixture weighs, as shares."""
+    table = rich.table.Table("topic", "direct", "thinking", box=None)
+    total = sum(map(sum, stage.mixture.values()))
+    for topic, weights in sorted(stage.mixture.items()):
+        table.add_row(topic, *(f"{weight / total:.1%}" for weight in weights))
+    return table
+
+
+def segments(batch: Batch) -> list[tuple[int, int]]:
+    """(row, segment) of all of a batch."""
+    return [
+        (row, one) for row, ids in enumerate(batch.segment_ids) for one in range(1, ids.max() + 1)
+    ]
 
 
 def counts(packed: Packed, patches: int) -> rich.table.Table:
@@ -68,11 +85,11 @@ def bar(batch: Batch, row: int) -> Text:
 
 
 def segment(batch: Batch, row: int, number: int, tokenizer: Tokenizer) -> Text:
-    """One segment's text: in runs of one kind, pictures as their number of tokens."""
+    """One segment's text: in runs of one kind, pictures as their number of tokens; a reply that
+    later turns do not see is indented behind a bar."""
     places = np.flatnonzero(batch.segment_ids[row] == number)
     tokens, branches = batch.tokens[row][places], batch.branch_ids[row][places]
     kinds = [_kind(batch, row, place, tokenizer) for place in places]
-    replies = np.cumsum(tokens == tokenizer.think_id) > 0
     text, start = Text(), 0
     for i in range(1, len(places) + 1):
         if i < len(places) and (kinds[i], branches[i]) == (kinds[start], branches[start]):
@@ -81,8 +98,7 @@ def segment(batch: Batch, row: int, number: int, tokenizer: Tokenizer) -> Text:
         if kinds[start] == PICTURE:
             text.append(f"[{len(run)} tokens of a picture]", PICTURE)
         else:
-            ended = kinds[start] == GIVEN and replies[start] and branches[start] > 0
-            text.append(tokenizer.decode(run), MASKED if ended and i - start > 1 else kinds[start])
+            text.append(tokenizer.decode(run), kinds[start])
         if i < len(places) and branches[i] != branches[start]:
             text.append("\n      | " if branches[i] else "\n      ", "dim")
         start = i

@@ -130,10 +130,15 @@ def write_array_record(samples, path: str):
     Raises:
       RecordError: a picture cannot be read, or a sample has no answer.
     """
+    write_records(map(records.to_record, samples), path)
+
+
+def write_records(made, path: str):
+    """`write_array_record` of what records.to_record made of each sample."""
     with replacing(path) as part:
         writer = ArrayRecordWriter(part, "group_size:1")  # one by one, for they are read so
         try:
-            for sample in samples:
-                writer.write(msgpack.packb(records.to_record(sample)))
+            for record in made:
+                writer.write(msgpack.packb(record))
         finally:
             writer.close()
