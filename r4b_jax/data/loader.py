@@ -124,20 +124,28 @@ class Loader:
             if reason is not None:
                 aside.append(reason)
                 if len(aside) == MAX_SET_ASIDE:
-                    raise RecordError(
-                        f"{len(aside)} samples of one batch were set aside, the last one because: "
-                        f"{reason.id}: {reason.reason}"
-                    )
+                    raise _nothing_but(aside)
             elif not packer.add(example):
                 still.append((number, example))
                 if len(still) == WAITING:
                     break
         if not packer.placements:
+            if aside:  # there was nothing else: else those that waited would be here
+                raise _nothing_but(aside)
             return None
         mine = [placed for placed in packer.placements if own[placed.row]]
         decoding = decoders.map(lambda placed: _decode(packer.batch, placed), mine)
         position = Position(counter, tuple(number for number, _ in still))
         return Packed(packer.batch, position, aside, []), decoding, still
+
+
+def _nothing_but(aside: list[SetAside]) -> RecordError:
+    """The error for data that are set aside throughout."""
+    last = aside[-1]
+    return RecordError(
+        f"{len(aside)} samples of one batch were set aside, the last one because: "
+        f"{last.id}: {last.reason}"
+    )
 
 
 def _unusable(example: Example | SetAside, packer: Packer) -> SetAside | None:
