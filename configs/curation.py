@@ -1,5 +1,5 @@
-"""Who thinks, as the paper decided it (section 4): a teacher of the size of Qwen2.5-VL-32B answers
-objective queries eight times and judges the others, a reasoning model that sees writes the thoughts.
+"""Who thinks, as the paper decided it (section 4): Qwen2.5-VL-32B answers objective queries eight
+times and judges the others, a multimodal reasoning model writes the thoughts.
 
 vllm serve Qwen/Qwen2.5-VL-32B-Instruct --port 8000        and a reasoning model on port 8001
 python -m r4b_jax.curate --config=configs/curation.py --config.sources.data.path='data/*.jsonl'
