@@ -128,8 +128,8 @@ def get_config(size: str = "full"):
         annealing=stage(
             sources=("curated",),
             mixture={
-                "ocr": (0.108, 0.012),
-                "vqa": (0.225, 0.025),
+                "ocr": (0.114, 0.006),
+                "vqa": (0.237, 0.013),
                 "maths": (0.21, 0.13),
                 "arithmetic": (0.087, 0.053),
                 "compare": (0.093, 0.057),
@@ -142,17 +142,17 @@ def get_config(size: str = "full"):
             final_lr_ratio=0.02,
         ),
         # The push on the mode token is constant under "policy", and leaks into topics that need no
-        # thought; the KL ends it where P(think) on maths is about 3/4, and the rate's decay leaves
-        # the rest of the model as it was (experiments/LOG.md).
+        # thought: the KL ends it, also on the unrewarded queries about what is easy to see, and the
+        # rate's decay leaves the rest of the model as it was (experiments/LOG.md).
         bpo=c.BPOConfig(
             sources=("world",),
-            topics={"maths": 0.6, "arithmetic": 0.4},
+            topics={"maths": 0.4, "arithmetic": 0.27, "ocr": 0.18, "vqa": 0.15},
             rewards={"maths": "maths", "arithmetic": "maths"},
             num_steps=40,
-            num_queries=16,
+            num_queries=24,
             g=8,
             mode_weight=0.3,
-            kl_beta=0.6,
+            kl_beta=0.2,
             learning_rate=1e-4,
             final_lr_ratio=0.05,
             eval_every=10,
