@@ -119,8 +119,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--think-bias",
         type=float,
-        default=0.0,
-        help="added to the logit of thinking; --think-bias=inf and --think-bias=-inf force",
+        default=None,
+        help="added to the logit of thinking, by default what the checkpoint was calibrated to;"
+        " --think-bias=inf and --think-bias=-inf force",
     )
     out.add_argument("--seed", type=int, default=0)
     out.add_argument(

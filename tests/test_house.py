@@ -16,6 +16,7 @@ ROOMS = (
     "data",
     "decoding",
     "evaluation",
+    "serving",
     "training",
     "rl",
     "curation",
@@ -25,6 +26,9 @@ ROOMS = (
     "chat",
     "plan",
     "curate",
+    "calibrate",
+    "evaluate",
+    "serve",
     "__main__",
     "__init__",
 )

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from r4b_jax.common import checkpoint
+from r4b_jax.common.metrics import warn
 from r4b_jax.config import Config, ModelConfig, from_config_dict
 from r4b_jax.data import dialogue
 from r4b_jax.data.examples import Example, encode_prompt
@@ -23,6 +24,7 @@ from r4b_jax.models.convert import CheckpointError
 
 MODE_NAMES = {mode: mode for mode in dialogue.MODES} | {"long": "thinking", "short": "non-thinking"}
 STEPS = 8  # tokens between two looks at what has come
+GENERATION, BIAS = "generation_config.json", "think_bias"  # where a calibrated bias is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Model:
         params: dict,
         tokenizer: Tokenizer,
         limit: int,
+        think_bias: float = 0.0,
     ):
         self.config, self.params, self.tokenizer, self.limit = config, params, tokenizer, limit
+        self.think_bias = think_bias  # where none is asked for
         self.ids = Ids.of(tokenizer)
 
     def chat(self, question: str, images=(), mode: str = "auto", **settings) -> Reply:
@@ -75,7 +79,7 @@ class Model:
         top_k: int = 0,
         max_new_tokens: int = 1024,
         max_think_tokens: int | None = None,
-        think_bias: float = 0.0,
+        think_bias: float | None = None,
         seed: int = 0,
     ) -> Iterator[Piece]:
         """An answer, piece by piece as it is made.
@@ -87,12 +91,13 @@ class Model:
           temperature: 0 = greedy.
           max_think_tokens: a thought still open after so many tokens is closed, and answered.
           think_bias: added to the logit of thinking where the mode is decided; inf and -inf are the
-            two forced modes.
+            two forced modes; None = the one that the checkpoint was calibrated to, else 0.
           seed: of the samples, at a temperature above 0.
         Raises:
           ValueError: an unknown mode, a setting out of range, a prompt longer than the context.
           ImageError: a picture that cannot be read.
         """
+        think_bias = self.think_bias if think_bias is None else think_bias
         forced = self._forced(mode, think_bias)
         bias = think_bias if math.isfinite(think_bias) else 0.0
         sampling = Sampling.of(temperature, top_p, top_k, bias, max_think_tokens)
@@ -203,13 +208,36 @@ def load(path: str | os.PathLike, dtype: str | None = None) -> Model:
         config, parts = released.describe([folder])
         talks = talk(path)
         params, _ = released.load_params([folder], config, parts)
-    return Model(_with_dtype(config, params, dtype), params, *talks)
+    return Model(_with_dtype(config, params, dtype), params, *talks, calibrated_bias(path))
 
 
 def is_stage(path: str) -> bool:
     """Whether a folder is that of a stage: no model of its own, and a run's tokenizer above it."""
     own = os.path.exists(os.path.join(path, "config.json"))
     return not own and os.path.exists(os.path.join(path, "..", "tokenizer.json"))
+
+
+def bias_file(path: str) -> str:
+    """Where `python -m r4b_jax.calibrate` keeps a checkpoint's bias: in its generation config; for
+    a stage, in a file beside its folder."""
+    if os.path.exists(os.path.join(path, checkpoint.MODEL_FILE)):
+        return os.path.join(path, checkpoint.ORIGINALS, GENERATION)
+    if is_stage(path):
+        return f"{os.path.normpath(path)}.{GENERATION}"
+    return os.path.join(path, GENERATION)
+
+
+def calibrated_bias(path: str, step: int | None = None) -> float:
+    """The bias of a checkpoint; 0 if it was not calibrated, or (of a stage) at another step."""
+    file = bias_file(path)
+    settings = released.read_json(*os.path.split(file)) or {}
+    bias = settings.get(BIAS, 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise CheckpointError(f"{file}: {BIAS} is a finite number, not {bias!r}")
+    if step is not None and BIAS in settings and settings.get("step") != step:
+        warn(f"{file} is of step {settings.get('step')} and not of {step}: not used")
+        return 0.0
+    return float(bias)
 
 
 def _with_dtype(config: ModelConfig, params: dict, dtype: str | None) -> ModelConfig:
@@ -235,7 +263,8 @@ def _load_stage(path: str, dtype: str | None) -> Model:
     if stage.latest is None:
         raise CheckpointError(f"{path} holds no checkpoint")
     model = dataclasses.replace(config.model, compute_dtype=dtype or config.model.compute_dtype)
-    return Model(model, jax.device_put(stage.restore_params()), tokenizer, limit)
+    bias = calibrated_bias(path, stage.latest)
+    return Model(model, jax.device_put(stage.restore_params()), tokenizer, limit, bias)
 
 
 def talk(folder: str) -> tuple[Tokenizer, int]:

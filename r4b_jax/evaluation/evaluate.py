@@ -30,6 +30,9 @@ class Record:
     reply: dialogue.Reply
     correct: bool
     p_think: float  # P(thinking token) against the direct token, after <think>
+    mode_logps: tuple[float, float]  # log P of the thinking token, of the direct token
+    close_logp: float | None  # log P(</think>) after a direct token that was forced
+    think_bias: float
 
 
 def test_questions(config: Config, count: int) -> list[Sample]:
@@ -48,13 +51,18 @@ def evaluate(
     questions: list[Sample],
     modes=dialogue.MODES,
     title: str = "evaluate",
+    think_bias: float = 0.0,
 ) -> list[Record]:
-    """Answer every question in every mode, greedily; a reply that was cut off counts as wrong."""
+    """Answer every question in every mode, greedily; a reply that was cut off counts as wrong.
+
+    Args:
+      think_bias: of auto mode, finite. All others follow from one run: evaluation/knob.py.
+    """
     with sharding.for_rollouts(config.generate.tensor):
-        return _evaluate(config, params, tokenizer, questions, modes, title)
+        return _evaluate(config, params, tokenizer, questions, modes, title, think_bias)
 
 
-def _evaluate(config, params, tokenizer, questions, modes, title) -> list[Record]:
+def _evaluate(config, params, tokenizer, questions, modes, title, think_bias) -> list[Record]:
     """`evaluate`, on the mesh of generation."""
     generation, params = config.generate, for_generation(config.model, params)
     shards = sharding.row_shards(sharding.current())  # each answers the same number of questions
@@ -62,6 +70,8 @@ def _evaluate(config, params, tokenizer, questions, modes, title) -> list[Record
     ids, records = Ids.of(tokenizer), []
     forced = forced_array([dialogue.forced_ids(tokenizer, m) for m in modes], size)
     keys = jax.random.split(jax.random.key(0), (size, len(modes)))  # greedy: never read
+    limit = generation.max_direct_tokens or None
+    sampling = Sampling.of(think_bias=think_bias, max_direct_tokens=limit)
     with Progress(title, len(questions)) as progress:
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
@@ -75,7 +85,7 @@ def _evaluate(config, params, tokenizer, questions, modes, title) -> list[Record
                 *sharding.place_rows((padded, forced, keys)),
                 ids,
                 max_new_tokens=generation.max_new_tokens,
-                sampling=Sampling.of(max_direct_tokens=generation.max_direct_tokens or None),
+                sampling=sampling,
                 queries_at_once=generation.queries_at_once,
                 rollouts_at_once=generation.rollouts_at_once,
             )
@@ -84,8 +94,19 @@ def _evaluate(config, params, tokenizer, questions, modes, title) -> list[Record
             for i, question in enumerate(batch):
                 for m, mode in enumerate(modes):
                     reply = dialogue.split_reply(tokenizer, out.tokens[i, m, : out.lengths[i, m]])
-                    correct = reply.answer == question.answer
-                    records.append(Record(question, mode, reply, correct, float(thinking[i])))
+                    close = float(out.logps[i, m, 1]) if mode == "non-thinking" else None
+                    records.append(
+                        Record(
+                            question,
+                            mode,
+                            reply,
+                            correct=reply.answer == question.answer,
+                            p_think=float(thinking[i]),
+                            mode_logps=tuple(out.mode_logps[i].tolist()),
+                            close_logp=close,
+                            think_bias=think_bias,
+                        )
+                    )
             progress.advance(len(batch))
     return records
 
@@ -153,4 +174,8 @@ def _as_json(record: Record) -> dict:
         "correct": record.correct,
         "tokens": record.reply.num_tokens,
         "p_think": record.p_think,
+        "thinks": record.reply.thinks,
+        "mode_logps": record.mode_logps,
+        "close_logp": record.close_logp,
+        "think_bias": record.think_bias,
     }
