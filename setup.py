@@ -36,10 +36,13 @@ setup(
         "rich",
         "safetensors>=0.5",
         "scikit-learn",  # the handwritten digits
+        "starlette",
         "tenacity>=9",
         "tensorboardX",
         "tokenizers>=0.22",
+        "uvicorn",
     ],
+    package_data={"r4b_jax.serving": ["page.html"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
@@ -49,6 +52,8 @@ setup(
             "ipykernel",
             "nbclient",
             "nbformat",
+            "openai",  # the client that the server is tested with
+            "playwright",  # the page, where there is a Chromium
             "pre-commit",
             "pytest",
             "ruff",

@@ -26,6 +26,9 @@ class Sampling:
     max_direct_tokens: Array  # int32[], a reply without a thought is cut off after so many
     greedy: bool = dataclasses.field(metadata={"static": True})
     truncated: bool = dataclasses.field(metadata={"static": True})
+    # bool[B], rows that take their likeliest token, where each row has numbers of its own (a column
+    # [B, 1] for temperature, top_p and top_k); None = all rows sample.
+    likeliest: Array | None = None
 
     @classmethod
     def of(
@@ -74,7 +77,12 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array
     logits = logits / sampling.temperature
     if sampling.truncated:
         logits = truncate(logits, sampling.top_k, sampling.top_p)
-    return draw(logits, keys)
+    tokens, logps = draw(logits, keys)
+    if sampling.likeliest is None:
+        return tokens, logps
+    best = jnp.argmax(logits, -1).astype(jnp.int32)
+    chosen = jnp.where(sampling.likeliest, best, tokens)
+    return chosen, jnp.where(sampling.likeliest, logp_of(logits, best), logps)
 
 
 def draw(logits: Array, keys: Array) -> tuple[Array, Array]:
