@@ -227,7 +227,10 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/tiny.py", "seed=1"], "unknown argument 'seed=1'"),
         (["--config=configs/tinny.py"], "tinny.py"),
         (["--config=configs/tiny.py", "--config.model.remat=maybe"], "config.model.remat"),
-        (["--config=configs/tiny.py", "--config.bpo.topics.ocr=1"], "config.bpo.topics.ocr"),
+        (
+            ["--config=configs/tiny.py", "--config.bpo.topics.compare=1"],
+            "config.bpo.topics.compare",
+        ),
         (["--config=configs/tiny.py", "--wrkdir=x"], "workdir"),
         ([], "--config is missing"),
     ],
