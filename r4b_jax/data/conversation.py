@@ -136,7 +136,10 @@ def _parts(text: str, num_images: int) -> list[dict]:
     parts: list[dict] = []
     for i, piece in enumerate(pieces):
         parts += [{"type": "image"}] if i else []
-        parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
+        # A template puts a line break between parts itself.
+        piece = piece.removeprefix("\n") if i else piece
+        piece = piece if i == len(pieces) - 1 else piece.removesuffix("\n")
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
     return parts
 
 
