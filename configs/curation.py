@@ -4,7 +4,8 @@ times and judges the others, a multimodal reasoning model writes the thoughts.
 vllm serve Qwen/Qwen2.5-VL-32B-Instruct --port 8000        and a reasoning model on port 8001
 python -m r4b_jax.curate --config=configs/curation.py --config.sources.data.path='data/*.jsonl'
 
-Writes runs/curation-seed0/curation/samples.jsonl, which configs/annealing.py can read.
+Writes samples.jsonl and its pictures to runs/curation-seed0/curation. Annealing reads them with
+--config.sources.data.path=that/samples.jsonl --config.sources.data.images=''
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ def stage(batch_rows: int, packed_len: int, **settings) -> c.StageConfig:
     # AnyRes scales the tokens of a large page down and not its tiles (31 for 7,353 tokens), so rows
     # take more tiles than tokens alone would need: with 28 a row of 16,384 is 96 to 98 % full of
     # photographs, but a tenth of a mix with pages is set aside; with 48 nothing is, 97 % full.
-    tiles = 3 * packed_len // 1024
+    tiles = max(3 * packed_len // 1024, 37)  # the most that one picture takes
     shape = dict(batch_rows=batch_rows, packed_len=packed_len, packed_tiles=tiles)
     return c.StageConfig(**shape, **settings)
 

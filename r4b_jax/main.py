@@ -23,6 +23,7 @@ from r4b_jax.config import (
     from_config_dict,
     to_config_dict,
 )
+from r4b_jax.data.samples import RecordError
 from r4b_jax.rl.rewards import find
 from r4b_jax.rules import check
 
@@ -98,6 +99,7 @@ def _run(config: Config, workdir: str, trace_steps: int) -> dict:
         report.show(content, workdir)
         return content
 
+    from r4b_jax.common.metrics import warn
     from r4b_jax.curation.curate import curate
     from r4b_jax.evaluation.evaluate import evaluate_once
     from r4b_jax.rl.loop import run_bpo
@@ -109,6 +111,8 @@ def _run(config: Config, workdir: str, trace_steps: int) -> dict:
     params = params_of(config)
     with clock("preparation"):
         _check_data(config, workdir)
+        if not config.init_from and all(s.path != "world" for s in config.sources.values()):
+            warn("no init_from: random weights, and the tokenizer of the small world")
     for name in STAGES:
         if name == "annealing" and config.curation.in_run:
             with clock("curation"):
@@ -145,8 +149,12 @@ def _check_data(config: Config, workdir: str):
         stage = getattr(config, name)
         if stage.num_steps > 0 and not made_here(stage.sources):
             stage_stream(config, name, workdir)
-    if config.bpo.num_steps > 0 and not made_here(config.bpo.sources):
-        queries(config, config.bpo.sources, config.bpo.topics, "bpo", workdir, endless=True)
+    bpo, curation = config.bpo, config.curation
+    if bpo.num_steps > 0 and not made_here(bpo.sources):
+        queries(config, bpo.sources, bpo.topics, "bpo", workdir, endless=True)
+    if curation.in_run and not made_here(curation.sources):
+        args = (curation.sources, curation.topics, "curation", workdir)
+        queries(config, *args, number=curation.num_queries)
 
 
 def tokenizer_of(config: Config, workdir: str):
@@ -296,7 +304,7 @@ def front(check, work):
 
                 processes.start(*given)
             work(config, workdir_of(config))
-        except ConfigError as error:
+        except (ConfigError, RecordError) as error:
             stop(error)
 
     return main

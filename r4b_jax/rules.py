@@ -78,6 +78,8 @@ def check(config: Config, *, has_data: bool = True):
             rules += _mixture_rules(name, config, stage)
     if config.bpo.num_steps > 0:
         rules += _data_rules("bpo", config, config.bpo.sources)
+        rules.append(_world_questions("bpo.", config, config.bpo.eval_questions))
+    rules.append(_world_questions("", config, config.eval_questions))
     _enforce(rules)
 
 
@@ -92,6 +94,10 @@ def check_curation(config: Config):
     if not all(role.url for role in roles) and config.init_from:
         check(config)
         _enforce(_generate_rules(config.generate, config.model.vision))
+    elif not any(role.url for role in roles):
+        raise ConfigError(
+            "config.curation has nobody to ask: no teacher.url, no judge.url, no config.init_from"
+        )
     elif config.curation.rewards and not config.curation.teacher.url:
         raise ConfigError(
             "config.curation has rewards and no teacher: give it teacher.url, or config.init_from"
@@ -115,6 +121,15 @@ def _data_rules(name: str, config: Config, sources: tuple[str, ...]):
             for source_name, source in config.sources.items()
         ],
     ]
+
+
+def _world_questions(prefix: str, config: Config, count: int) -> tuple[bool, str]:
+    """A rule of `check`: who has data of their own asks no questions about the small world."""
+    return (
+        count == 0 or not config.sources or _reads_world(config, ()),
+        f"{prefix}eval_questions asks about the small world, which is none of your sources: "
+        f"{prefix}eval_questions = 0",
+    )
 
 
 def _reads_world(config: Config, sources: tuple[str, ...]) -> bool:
@@ -161,6 +176,20 @@ def _curation_rules(config: Config):
             "curation.topics and curation.num_queries: the small world has no end",
         ),
         _at_least("curation.num_queries", curation.num_queries, 0),
+        _at_least("generate.batch_size", config.generate.batch_size, 1),
+        _at_least("workers", config.workers, 1),
+        *[
+            _at_least(f"curation.{role}.concurrency", getattr(curation, role).concurrency, 1)
+            for role in ROLES
+        ],
+        (
+            curation.min_thought_words <= curation.max_thought_words,
+            "curation.min_thought_words is more than max_thought_words",
+        ),
+        *[
+            (weight > 0, f"curation.topics.{topic} weighs {weight}: leave it out")
+            for topic, weight in curation.topics.items()
+        ],
         _at_least("curation.num_answers", curation.num_answers, 1),
         _at_least("curation.num_traces", curation.num_traces, 0),
         (
@@ -244,6 +273,10 @@ def _bpo_rules(bpo: BPOConfig, generate: GenerateConfig) -> list[tuple[bool, str
         _at_least("bpo.updates_per_rollout", bpo.updates_per_rollout, 1),
         _at_least("bpo.eval_every", bpo.eval_every, 1),
         (bpo.num_steps == 0 or bool(bpo.topics), "bpo has no data: give it topics"),
+        *[
+            (weight > 0, f"bpo.topics.{topic} weighs {weight}: leave it out")
+            for topic, weight in bpo.topics.items()
+        ],
         (
             bpo.num_steps == 0 or bool(set(bpo.rewards) & set(bpo.topics)),
             f"bpo learns nothing: bpo.rewards names {', '.join(bpo.rewards) or 'no topic'}, "

@@ -19,7 +19,7 @@ from r4b_jax.common import metrics
 from r4b_jax.common.checkpoint import StageCheckpoints
 from r4b_jax.common.metrics import read_metrics
 from r4b_jax.data import __main__ as front
-from r4b_jax.data import show
+from r4b_jax.data import images, show
 from r4b_jax.data.examples import Packer, encode_sample, place_tiles
 from r4b_jax.data.loader import Loader, examples
 from r4b_jax.data.mixture import queries
@@ -177,19 +177,63 @@ def test_queries_that_cannot_be_asked_are_replaced_by_the_next(folder, tokenizer
     config = dataclasses.replace(config, bpo=bpo)
     drawn = Queries(config, tokenizer, str(tmp_path), 0, position=0, set_aside=0)
     asked = [sample.id for step in (1, 2, 3, 4) for sample, _ in drawn.draw(step)]
-    assert len(asked) == 20 and drawn.position == 20 + drawn.set_aside
+    assert len(asked) == 20 and drawn.position == 20 + drawn.set_aside - 1  # one was never there
     told = [json.loads(x) for x in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
     assert len(told) == drawn.set_aside > 0
     assert not {t["id"] for t in told} & set(asked)
     later = [t for t in told if t["step"] > 2]
-    again = Queries(config, tokenizer, str(tmp_path), 2, 10 + len(told) - len(later), 0)
+    assert (told[0]["id"], told[0]["step"]) == ("mine/data.jsonl:6", 0)
+    again = Queries(config, tokenizer, str(tmp_path), 2, 10 + len(told) - 1 - len(later), 0)
     assert [s.id for step in (3, 4) for s, _ in again.draw(step)] == asked[10:]
     assert [json.loads(x) for x in (tmp_path / "set_aside.jsonl").read_text().splitlines()] == told
 
 
+def test_a_topic_of_the_world_and_of_a_file_has_the_samples_of_both(folder, tokenizer):
+    """Else one of the two would be lost without a word, or end the stream."""
+    config = config_of(folder, mixture={"ocr": (1.0, 0.0)})
+    sources = config.sources | {"world": c.SourceConfig(path="world")}
+    sources["mine"] = dataclasses.replace(sources["mine"], topic="ocr")
+    both = dataclasses.replace(config, sources=sources)
+    stream, _ = examples(both, "annealing", tokenizer)
+    ids = [stream[i].id for i in range(8 * len(zoo()))]
+    assert len(set(i for i in ids if i.startswith("mine/"))) == 2 * len(zoo())
+    assert len(set(i for i in ids if i.startswith("world/"))) == 4 * len(zoo())
+    asked, bad = queries(both, (), {"ocr": 1.0}, "any", "", endless=True)
+    assert {asked[i].id.split("/")[0] for i in range(20)} == {"mine", "world"} and len(bad) == 1
+
+
+def test_every_sample_of_the_topics_is_a_query_where_no_number_is_wanted(folder):
+    """Topics of different sizes: none may end the stream for the others."""
+    config = config_of(folder)
+    (folder / "few.jsonl").write_text('{"question": "1?", "answer": 1, "topic": "few"}\n')
+    sources = config.sources | {"few": c.SourceConfig(path=str(folder / "few.jsonl"))}
+    config = dataclasses.replace(config, sources=sources)
+    found, bad = queries(config, (), {"mine": 1.0, "few": 1.0}, "curation", "")
+    assert len(found) == 2 * len(zoo()) + 1 and len(bad) == 1
+    assert len({found[i].id for i in range(len(found))}) == len(found)
+    assert len(queries(config, (), {"mine": 1.0, "few": 1.0}, "curation", "", number=9)[0]) == 2
+
+
+def test_a_thin_picture_among_others_is_no_bomb(tokenizer):
+    """Several pictures in a prompt are padded to squares: 1 x 20,000 would take 1.2 GB."""
+    thread = encoded(Image.new("RGB", (1, 20000)), "PNG")
+    sample = Sample("a", (Turn("?", (thread, picture(1)), "x"),))
+    with pytest.raises(images.ImageError, match="400000000 in memory"):
+        encode_sample(tokenizer, GRID.vision, sample)
+    alone = Sample("a", (Turn("?", (thread,), "x"),))
+    assert encode_sample(tokenizer, GRID.vision, alone).num_tiles >= 2
+
+
+def test_a_conversation_of_hundreds_of_turns_is_rendered_in_a_moment(tokenizer):
+    """Each turn's prompt is the beginning of the next one's; encoding all anew would take hours."""
+    turns = tuple(Turn(f"How many {i}?", (), f"{i} of them") for i in range(150))
+    example = encode_sample(tokenizer, MODEL.vision, Sample("a", turns))
+    assert example.branch_ids.max() == 149 and (example.loss_weights > 0).sum() > 150 * 4
+
+
 def test_all_samples_come_in_order_where_no_topics_are_named(folder):
     """Curation looks at everything once, bad records too: nothing disappears."""
-    found = queries(config_of(folder), (), {}, "curation", "")
+    found, _ = queries(config_of(folder), (), {}, "curation", "")
     assert len(found) == 2 * len(zoo()) + 1
     assert isinstance(found[5], SetAside) and "does not end" in found[5].reason
     assert [found[i].id for i in (0, 1, 6)] == ["mine/good.png", "mine/text-0", "mine/text-2"]

@@ -28,9 +28,11 @@ import hashlib
 import math
 import os
 
+import grain
+
 from r4b_jax.common import processes
 from r4b_jax.common.endpoint import Answer
-from r4b_jax.common.metrics import Progress
+from r4b_jax.common.metrics import Progress, warn
 from r4b_jax.config import Config
 from r4b_jax.curation import prompts, report
 from r4b_jax.curation.answers import CUT_OFF, Ask, People, people, told
@@ -62,7 +64,19 @@ def curate(config: Config, params: dict | None, tokenizer: Tokenizer | None, wor
     """
     folder, curation = os.path.join(workdir, "curation"), config.curation
     if (content := report.read(folder)) is None:
-        stream = queries(config, curation.sources, curation.topics, "curation", workdir)
+        wanted, args = (
+            curation.num_queries,
+            (curation.sources, curation.topics, "curation", workdir),
+        )
+        stream, bad = queries(config, *args, number=wanted)
+        if wanted > len(stream):
+            warn(
+                f"curation: {wanted} queries are wanted, and a topic is through after {len(stream)}"
+            )
+        if wanted:
+            stream = stream[: min(wanted, len(stream))]
+        if bad:  # they too end with a reason
+            stream = grain.MapDataset.concatenate([grain.MapDataset.source(bad), stream])
         cache = os.path.join(folder, "answers")
         with people(config, params, tokenizer, cache) as asked:
             content = decide(config, stream, asked, folder)
@@ -78,8 +92,7 @@ def decide(config: Config, stream, asked: People, folder: str) -> dict:
     """
     with processes.first_goes_first("curation"):
         output = Output(folder)
-    wanted, size = config.curation.num_queries, config.generate.batch_size
-    total = min(wanted or len(stream), len(stream))
+    total, size = len(stream), config.generate.batch_size
     graded = config.curation.rewards if processes.is_first() else {}  # the others are told
     pool = RewardPool(graded, config.bpo.reward_workers, config.bpo.reward_deadline)
     progress = Progress("curation", total, output.queries)
@@ -332,7 +345,8 @@ class Curator:
         """Whether each answer is right, None = nobody can tell, and then why not. One that was cut
         off is wrong, as everywhere here."""
         items, places = [], []
-        out = [(False, CUT_OFF) if a.fault == CUT_OFF else (None, a.fault) for a in answers]
+        cut = [answer.fault.startswith(CUT_OFF) for answer in answers]  # maybe "after 2 tries"
+        out = [(False, CUT_OFF) if c else (None, a.fault) for c, a in zip(cut, answers)]
         for i, (case, answer) in enumerate(zip(cases, answers)):
             if answer.text is not None:
                 question, reference = case.sample.question, case.sample.answer

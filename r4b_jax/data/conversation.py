@@ -8,6 +8,7 @@ between two of them is encoded as plain text.
 
 import datetime
 import functools
+import re
 from collections.abc import Sequence
 
 import jinja2
@@ -36,10 +37,15 @@ OWN_TEMPLATE = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 MARK = "\ue000{}\ue001"  # of the private use area: no text has them, or they are taken out of it
+_MARKS = re.compile(MARK.format(r"(\d+)"))
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, turns: Sequence[Turn], image_tokens: Sequence[int], system: str = ""
+    tokenizer: Tokenizer,
+    turns: Sequence[Turn],
+    image_tokens: Sequence[int],
+    system: str = "",
+    known: dict[str, list[int]] | None = None,
 ) -> list[int]:
     """The conversation up to and including the `<think>` of the reply to come.
 
@@ -47,10 +53,18 @@ def prompt_ids(
       turns: of the last one neither answer nor thought is read; of the others no thought, as
         Qwen3's template leaves them out.
       image_tokens: how many tokens each picture takes, in the order the turns show them.
+      known: ids of texts, for prompts of which one begins as the other; it is added to.
     Raises:
       ValueError: the template cannot be rendered, or does not show every picture once.
     """
-    counts = list(image_tokens)
+    counts, known = list(image_tokens), {} if known is None else known
+
+    def encoded(plain: str) -> list[int]:
+        text = _filled(plain, texts)
+        if text not in known:
+            known[text] = tokenizer.encode(text)
+        return known[text]
+
     template = tokenizer.template
     if template is None:
         template = OWN_TEMPLATE.replace(IMAGE, tokenizer.image_name)
@@ -63,7 +77,7 @@ def prompt_ids(
         if isinstance(part, str):
             plain += part
             continue
-        ids += tokenizer.encode(_filled(plain, texts)) if plain else []
+        ids += encoded(plain) if plain else []
         plain = ""
         if part == tokenizer.think_id and i > last_mark:  # the template chose a mode: our business
             break
@@ -75,15 +89,13 @@ def prompt_ids(
         ids += [part] * counts.pop(0)
     if counts:
         raise ValueError(f"the chat template leaves out {len(counts)} pictures")
-    ids += tokenizer.encode(_filled(plain, texts)) if plain else []
+    ids += encoded(plain) if plain else []
     return ids + [tokenizer.think_id]
 
 
 def _filled(text: str, texts: list[str]) -> str:
     """The marks of a plain run replaced by what people wrote."""
-    for i, written in enumerate(texts):
-        text = text.replace(MARK.format(i), written)
-    return text
+    return _MARKS.sub(lambda mark: texts[int(mark[1])], text)
 
 
 def _render(template: str, turns: Sequence[Turn], system: str, picture: str):
@@ -117,7 +129,7 @@ def _render(template: str, turns: Sequence[Turn], system: str, picture: str):
             bos_token="",
             eos_token="",
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # what a template does to a message may raise anything
         raise ValueError(f"the chat template cannot be rendered: {error}") from None
     return rendered, texts
 

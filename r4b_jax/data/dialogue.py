@@ -83,8 +83,9 @@ def render(
       ValueError: the template shows a turn differently once others follow it.
     """
     turns, shown = sample.turns, np.cumsum([0, *(len(turn.images) for turn in sample.turns)])
+    known: dict[str, list[int]] = {}
     prompts = [
-        prompt_ids(tokenizer, turns[: k + 1], image_tokens[: shown[k + 1]], sample.system)
+        prompt_ids(tokenizer, turns[: k + 1], image_tokens[: shown[k + 1]], sample.system, known)
         for k in range(len(turns))
     ]
     whole, done = prompts[-1], 0

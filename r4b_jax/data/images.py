@@ -28,6 +28,13 @@ from r4b_jax.config import VisionConfig
 from r4b_jax.data.samples import RecordError
 
 ORIENTATION = 0x0112  # the EXIF tag
+# What people have pictures in; not what runs an interpreter, such as EPS.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    if name in Image.OPEN
+)
 NEWLINE = -1  # in a plan's index: the newline, wherever the batch keeps it
 
 
@@ -103,7 +110,8 @@ def size(source) -> tuple[int, int]:
 def _open(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
-    return Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
+    return Image.open(file, formats=FORMATS)
 
 
 def _name(source) -> str:
@@ -125,6 +133,14 @@ def _told(source):
 def prepare(sources: Sequence, vision: VisionConfig) -> list[Prepared]:
     """The pictures of one prompt, in order. Raises ImageError as `read` does."""
     sizes = [size(source) for source in sources]
+    alone = len(sources) == 1 or not vision.grid_pinpoints
+    for source, (height, width) in zip(sources, sizes):
+        pixels = height * width if alone else max(height, width) ** 2  # padded to a square
+        if pixels > Image.MAX_IMAGE_PIXELS:
+            raise ImageError(
+                f"the image {_name(source)} of {width} x {height} pixels takes {pixels} in memory, "
+                f"and may take {Image.MAX_IMAGE_PIXELS}"
+            )
     if len(sources) == 1 and vision.grid_pinpoints:
         return [_any_resolution(sources[0], sizes[0], vision)]
     newline = bool(vision.grid_pinpoints)

@@ -23,7 +23,7 @@ from r4b_jax.data.samples import RecordError, Sample, SetAside
 from r4b_jax.data.tokenizer import Tokenizer
 
 WAITING = 64  # samples without room that close a batch
-MAX_SET_ASIDE = 1000  # samples of one batch: then something is wrong with all of them
+MAX_SET_ASIDE = 1000  # samples in a row: then something is wrong with all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +117,14 @@ class Loader:
         stage = self.stage
         shape = (stage.batch_rows, stage.packed_len, stage.packed_tiles)
         packer = Packer(*shape, self.vision, self.pad_id)
-        aside, still = [], []
+        aside, still, bad_in_a_row = [], [], 0
         for number, example in itertools.chain(waiting, arriving):
             counter = max(counter, number + 1)
             reason = _unusable(example, packer)
+            bad_in_a_row = 0 if reason is None else bad_in_a_row + 1
             if reason is not None:
                 aside.append(reason)
-                if len(aside) == MAX_SET_ASIDE:
+                if bad_in_a_row == MAX_SET_ASIDE:
                     raise _nothing_but(aside)
             elif not packer.add(example):
                 still.append((number, example))
@@ -143,7 +144,7 @@ def _nothing_but(aside: list[SetAside]) -> RecordError:
     """The error for data that are set aside throughout."""
     last = aside[-1]
     return RecordError(
-        f"{len(aside)} samples of one batch were set aside, the last one because: "
+        f"nothing but samples that are set aside, {len(aside)} in this batch; the last because: "
         f"{last.id}: {last.reason}"
     )
 

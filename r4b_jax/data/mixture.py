@@ -6,6 +6,7 @@ access over shuffled pools. A pool begins again, in another order, when it is th
 
 import dataclasses
 import difflib
+import functools
 import zlib
 
 import grain
@@ -50,15 +51,19 @@ class Files:
         self.index = sources.index(self.source)
         self.bad = [SetAside(*entry) for entry in self.index.bad]
 
+    @functools.cached_property
     def pools(self) -> dict[tuple[str, str], Samples]:
-        """(topic, mode) -> its samples."""
-        found = {}
-        for number, topic in enumerate(self.index.topics):
-            for thinks, mode in enumerate(MODES):
-                where = (self.index.topic == number) & (self.index.thinks == bool(thinks))
-                if where.any():
-                    found[topic, mode] = Samples(self.source, np.flatnonzero(where))
-        return found
+        """(topic, mode) -> its samples, in order; by one sort, for there may be many of both."""
+        code = 2 * self.index.topic + self.index.thinks
+        order = np.argsort(code, kind="stable")[np.sum(self.index.topic < 0) :]
+        first = np.flatnonzero(np.diff(code[order], prepend=-1))
+        return {
+            (self.index.topics[code[numbers[0]] // 2], MODES[code[numbers[0]] % 2]): Samples(
+                self.source, numbers
+            )
+            for numbers in np.split(order, first[1:])
+            if len(numbers)
+        }
 
     def in_order(self) -> Samples:
         return Samples(self.source, np.arange(len(self.source)))
@@ -107,16 +112,18 @@ def _pool(opened: list, topic: str, mode: str, name: str, seed: int) -> list[gra
         if isinstance(source, SmallWorld):
             if topic in source.world.topics:
                 streams.append(source.stream(topic, mode, name, seed))
-        elif samples := source.pools().get((topic, mode)):
+        elif samples := source.pools.get((topic, mode)):
             streams.append(grain.MapDataset.source(samples))
     return streams
 
 
 def _shuffled(parts: list[grain.MapDataset], seed: int) -> grain.MapDataset:
-    """Finite datasets as one, endless: in a new order each time. An endless one as it is."""
-    if any(len(part) >= ENDLESS for part in parts):
-        return grain.MapDataset.mix(parts) if len(parts) > 1 else parts[0]
-    return grain.MapDataset.concatenate(parts).seed(seed).shuffle().repeat()
+    """Datasets as one, endless: the finite ones together, in a new order each time; the endless
+    ones as they are."""
+    endless = [part for part in parts if len(part) >= ENDLESS]
+    if finite := [part for part in parts if len(part) < ENDLESS]:
+        endless.append(grain.MapDataset.concatenate(finite).seed(seed).shuffle().repeat())
+    return grain.MapDataset.mix(endless) if len(endless) > 1 else endless[0]
 
 
 def stage_stream(config: Config, name: str, workdir: str) -> tuple[grain.MapDataset, list]:
@@ -129,7 +136,7 @@ def stage_stream(config: Config, name: str, workdir: str) -> tuple[grain.MapData
     opened = open_sources(config, stage.sources, workdir)
     bad = [aside for source in opened for aside in source.bad]
     if not stage.mixture:
-        pools = [source.pools() for source in opened]
+        pools = [source.pools for source in opened]
         parts = [grain.MapDataset.source(s) for found in pools for s in found.values()]
         if not parts:
             raise ConfigError(f"config.{name}: there is no sample in its sources")
@@ -160,13 +167,16 @@ def queries(
     workdir: str,
     *,
     endless: bool = False,
-):
-    """Samples to ask a model: by number, a Sample or a SetAside.
+    number: int = 0,
+) -> tuple[grain.MapDataset, list[SetAside]]:
+    """Samples to ask a model, by number, a Sample or a SetAside each; and what was bad before.
 
     Args:
-      names: of sources, () = all; topics: topic -> weight, {} = every sample once, in order.
+      names: of sources, () = all; topics: topic -> weight, {} = every sample in order, those that
+        are bad among them.
       stream: the name of this stream of samples.
       endless: a topic that is through begins again; else the stream ends with the first that is.
+      number: of samples wanted; 0 = every sample of the topics once, whatever their weights.
     Raises:
       ConfigError: the sources lack a topic, or have no end where all of them are asked for.
     """
@@ -174,24 +184,29 @@ def queries(
     if not topics:
         if any(isinstance(source, SmallWorld) for source in opened):
             raise ConfigError(f"{stream}: the small world has no end; name topics and a number")
-        return grain.MapDataset.concatenate(
-            [grain.MapDataset.source(source.in_order()) for source in opened]
-        )
+        every = [grain.MapDataset.source(source.in_order()) for source in opened]
+        return grain.MapDataset.concatenate(every), []
+    bad = [aside for source in opened for aside in source.bad]
     streams, weights = [], []
     for topic, weight in sorted(topics.items()):
         seed = stream_seed(config.seed, f"{stream}/{topic}")
         # The world asks the same questions in both modes: once is enough.
         direct = _pool(opened, topic, "direct", stream, seed)
         thinking = _pool(opened, topic, "thinking", stream, seed)
-        parts = [p for p in thinking if len(p) >= ENDLESS] or direct + thinking
+        parts = [part for part in direct if len(part) < ENDLESS] + thinking
         if not parts:
             raise _absent(stream, topic, "", opened)
-        if endless or len(parts[0]) >= ENDLESS:
+        finite = all(len(part) < ENDLESS for part in parts)
+        if not (endless or number or finite):
+            raise ConfigError(f"{stream}: {topic} has no end in the small world; name a number")
+        if endless or not finite:
             streams.append(_shuffled(parts, seed))
         else:
             streams.append(grain.MapDataset.concatenate(parts).seed(seed).shuffle())
         weights.append(weight)
-    return grain.MapDataset.mix(streams, weights)
+    if not (endless or number):
+        return grain.MapDataset.concatenate(streams), bad
+    return grain.MapDataset.mix(streams, weights), bad
 
 
 def _absent(setting: str, topic: str, mode: str, opened: list) -> ConfigError:
@@ -201,7 +216,7 @@ def _absent(setting: str, topic: str, mode: str, opened: list) -> ConfigError:
         if isinstance(source, SmallWorld):
             there |= dict.fromkeys((t, m) for t in source.world.topics for m in MODES)
         else:
-            for key, samples in source.pools().items():
+            for key, samples in source.pools.items():
                 there[key] = there.get(key, 0) + len(samples)
     names = sorted({t for t, _ in there})
     if topic in names:

@@ -227,7 +227,7 @@ class ArrayRecord:
             return _json(data)
         try:
             return _record(msgpack.unpackb(data, strict_map_key=False))
-        except (ValueError, msgpack.UnpackException) as error:
+        except (TypeError, ValueError, msgpack.UnpackException) as error:
             raise RecordError(f"neither msgpack nor JSON: {error}") from None
 
 

@@ -250,7 +250,7 @@ def _packed(image) -> bytes:
                 return f.read()
         out = io.BytesIO()
         images.read(image).save(out, "PNG")
-    except (OSError, images.ImageError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"cannot read a picture: {error}") from None
     return out.getvalue()
 

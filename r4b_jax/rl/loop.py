@@ -195,9 +195,11 @@ class Queries:
         self.config, self.tokenizer = config, tokenizer
         bpo = config.bpo
         args = (bpo.sources, bpo.topics, "bpo", workdir)
-        self.stream = queries(config, *args, endless=True)
+        self.stream, bad = queries(config, *args, endless=True)
         self.log = StepLog(workdir, "set_aside.jsonl", "bpo", resume_step)
         self.position, self.set_aside = position, set_aside
+        if resume_step == 0:
+            self._tell(0, bad)
 
     def draw(self, step: int) -> list[tuple[Sample, Example]]:
         """The queries of a step with their prompts; those set aside are replaced by the next.
@@ -219,9 +221,13 @@ class Queries:
                     f"bpo, step {step}: {len(aside)} samples in a row cannot be asked, the last "
                     f"one because: {query.id}: {query.reason}"
                 )
-        self.set_aside += len(aside)
-        self.log.write(step, [dataclasses.asdict(one) for one in aside])
+        self._tell(step, aside)
         return found
+
+    def _tell(self, step: int, aside: list[SetAside]):
+        self.set_aside += len(aside)
+        if processes.is_first():  # all processes draw the same
+            self.log.write(step, [dataclasses.asdict(one) for one in aside])
 
     def _encoded(self, sample: Sample | SetAside) -> tuple[Sample, Example] | SetAside:
         if isinstance(sample, SetAside):
