@@ -437,7 +437,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage_by_name_and_saves_nothing(
 
 def test_settings_that_cannot_work_leave_no_folder(tmp_path):
     """The check comes before anything is written."""
-    broken = dataclasses.replace(CONFIG, bpo=dataclasses.replace(CONFIG.bpo, g=0))
+    bpo = dataclasses.replace(CONFIG.bpo, g=0, num_steps=1, rewards={"arithmetic": "maths"})
+    broken = dataclasses.replace(CONFIG, bpo=bpo)
     with pytest.raises(c.ConfigError, match="bpo.g"):
         main.run(broken, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
