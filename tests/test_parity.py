@@ -107,9 +107,13 @@ def with_tokens(prompt: Example, tokens: np.ndarray) -> Example:
     def longer(x):
         return np.concatenate([x, np.zeros((len(tokens), *x.shape[1:]), x.dtype)])
 
+    count = np.arange(len(prompt.tokens) + len(tokens), dtype=np.int32)
     return dataclasses.replace(
         prompt,
         tokens=np.concatenate([prompt.tokens, tokens]),
+        positions=count,
+        branch_ids=np.zeros_like(count),
+        predecessors=np.maximum(count - 1, 0),
         loss_weights=longer(prompt.loss_weights),
         plan_index=longer(prompt.plan_index),
         plan_weight=longer(prompt.plan_weight),
