@@ -33,6 +33,13 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let go of a file's programs: a process may map only so many, and then XLA aborts."""
+    yield
+    jax.clear_caches()
+
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
