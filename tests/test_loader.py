@@ -24,7 +24,9 @@ from r4b_jax.data.examples import Packer, encode_sample, place_tiles
 from r4b_jax.data.loader import Loader, examples
 from r4b_jax.data.mixture import queries
 from r4b_jax.data.samples import Sample, SetAside, Turn
-from r4b_jax.models import r4b
+from r4b_jax.models import block_attention, r4b
+from r4b_jax.models.attention import attend, packed_mask
+from r4b_jax.models.packed_attention import packed_attention
 from r4b_jax.rl.loop import Queries
 from r4b_jax.training.loop import run_stage
 from r4b_jax.training.losses import supervised_loss
@@ -360,3 +362,21 @@ def test_a_converted_source_gives_the_same_batches_and_tells_what_it_left_out(
     assert len(again) == 25 and {again[i].id for i in range(25)} == ids
     with pytest.raises(c.ConfigError, match="one of: mine"):
         front.convert(config, "mein", "", out)
+
+
+def test_blocks_of_attention_see_turns_between_branches(monkeypatch):
+    """A conversation's replies stand between its turns: the list of blocks may not count on
+    branches that ascend."""
+    monkeypatch.setattr(block_attention, "BLOCK", 16)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 20, 24)  # turn, reply, turn, reply ... of four conversations
+    pieces = np.arange(24)
+    segments = np.repeat(1 + pieces // 6, lengths)
+    branches = np.repeat(np.where(pieces % 2, 1 + pieces % 6 // 2, 0), lengths)
+    padding = (0, 300 - len(segments))
+    ids = [np.pad(x, padding)[None].astype(np.int32) for x in (segments, branches)]
+    q = rng.standard_normal((1, 300, 4, 8), np.float32)
+    k, v = (rng.standard_normal((1, 300, 2, 8), np.float32) for _ in range(2))
+    real = (ids[0] > 0)[..., None, None]
+    found = packed_attention(*map(jax.numpy.asarray, ids))(q, k, v) * real
+    np.testing.assert_allclose(found, attend(q, k, v, packed_mask(*ids)) * real, atol=1e-5)

@@ -34,7 +34,7 @@ def layout(segment_ids: Array, branch_ids: Array, block: int) -> Layout:
 
     Args:
       segment_ids: int32[B, T], ascending along a row, 0 = padding at its end.
-      branch_ids: int32[B, T], ascending along a segment, 0 = its prefix.
+      branch_ids: int32[B, T], 0 = a segment's prefix, in any order; ascending is fastest.
       block: c, tokens a block.
     """
     rows, length = segment_ids.shape

@@ -45,7 +45,7 @@ def packed_attention(segment_ids: Array, branch_ids: Array):
 
     Args:
       segment_ids: int32[B, T], ascending along a row, 0 = padding at its end.
-      branch_ids: int32[B, T], ascending along a segment, 0 = its prefix.
+      branch_ids: int32[B, T], 0 = a segment's prefix, in any order; ascending is fastest.
     Returns:
       function (q [B, T, N, H], k, v [B, T, K, H]) -> [B, T, N, H]; any number at padding.
     """
