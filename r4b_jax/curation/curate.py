@@ -43,6 +43,7 @@ from r4b_jax.data.mixture import queries
 from r4b_jax.data.records import to_record
 from r4b_jax.data.samples import RecordError, Sample, SetAside, Turn
 from r4b_jax.data.tokenizer import Tokenizer
+from r4b_jax.evaluation.report import read as read_report
 from r4b_jax.rl.reward_pool import RewardPool, canary
 from r4b_jax.rl.rewards import Answered
 
@@ -63,7 +64,7 @@ def curate(config: Config, params: dict | None, tokenizer: Tokenizer | None, wor
       ConfigError: the sources or an endpoint cannot be used.
     """
     folder, curation = os.path.join(workdir, "curation"), config.curation
-    if (content := report.read(folder)) is None:
+    if (content := read_report(folder)) is None:
         wanted, args = (
             curation.num_queries,
             (curation.sources, curation.topics, "curation", workdir),
@@ -113,7 +114,7 @@ def decide(config: Config, stream, asked: People, folder: str) -> dict:
         if processes.is_first():
             names = {role: who.name for role, who in asked.present.items()}
             report.write(config, output, names)
-    return report.read(folder)
+    return read_report(folder)
 
 
 def _sums(before: dict, counters: dict) -> dict:

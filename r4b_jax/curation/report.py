@@ -13,7 +13,7 @@ import rich.table
 from r4b_jax.common.metrics import console
 from r4b_jax.config import Config, to_config_dict
 from r4b_jax.curation.output import Output
-from r4b_jax.evaluation.report import markdown_table
+from r4b_jax.evaluation.report import keep, markdown_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
@@ -42,20 +42,8 @@ def write(config: Config, output: Output, names: dict[str, str]) -> dict:
     plt.close(figure)
     with open(os.path.join(output.folder, "report.md"), "w", encoding="utf-8") as f:
         f.write(_markdown(content, examples))
-    path = os.path.join(output.folder, "report.json")
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".part", path)  # last, and there only when whole: curation is done
+    keep(content, output.folder)  # last: curation is done
     return content
-
-
-def read(folder: str) -> dict | None:
-    """The content of report.json if the curation in `folder` is done, else None."""
-    path = os.path.join(folder, "report.json")
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
 
 
 def _count(output: Output, num_answers: int) -> tuple[dict, list[dict]]:

@@ -62,17 +62,22 @@ def write(config: Config, workdir: str, seconds: dict[str, float]) -> dict:
     samples = _samples(config, workdir)
     with open(os.path.join(workdir, "report.md"), "w", encoding="utf-8") as f:
         f.write(_markdown(content, figures, samples))
-    path = os.path.join(workdir, "report.json")
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".part", path)  # last, and there only when whole: the run is done
+    keep(content, workdir)  # last: the run is done
     show(content, workdir)
     return content
 
 
-def read(workdir: str) -> dict | None:
-    """The content of report.json if the run in `workdir` is done, else None."""
-    path = os.path.join(workdir, "report.json")
+def keep(content: dict, folder: str):
+    """Write `folder`/report.json, which is there only when whole."""
+    path = os.path.join(folder, "report.json")
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+    os.replace(path + ".part", path)
+
+
+def read(folder: str) -> dict | None:
+    """The content of report.json if what is reported in `folder` is done, else None."""
+    path = os.path.join(folder, "report.json")
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as f:

@@ -20,6 +20,7 @@ from r4b_jax.common.checkpoint import StageCheckpoints
 from r4b_jax.common.metrics import MetricWriter, Progress, StepLog, Trace, warn
 from r4b_jax.config import Config
 from r4b_jax.data.examples import Example, encode_prompt
+from r4b_jax.data.loader import MAX_SET_ASIDE
 from r4b_jax.data.mixture import queries, stream_seed
 from r4b_jax.data.samples import RecordError, Sample, SetAside
 from r4b_jax.data.tokenizer import Tokenizer
@@ -40,7 +41,6 @@ from r4b_jax.rl.update import make_update, reference_pass, trained_names, update
 from r4b_jax.training.optimizer import bpo_optimizer
 from r4b_jax.training.step import TrainState, init_state
 
-MAX_SET_ASIDE = 1000  # samples in a row: then something is wrong with all of them
 TRACED_FROM = 3  # steps after the first one: by then all is compiled
 
 
